@@ -1,0 +1,61 @@
+"""What can go wrong, drawn as a tree.
+
+ReshardError
+├── InputError            what the user gave cannot be used as it is (exit code 1)
+│   ├── NotFound          nothing there, or nothing that any format recognises
+│   ├── Incomplete        a checkpoint with parts missing: files, chunks, ranks
+│   ├── Corrupt           bytes that contradict themselves: checksums, offsets, sizes, headers
+│   ├── Unsupported       well-formed, and deliberately not read
+│   └── Mismatch          checkpoints, or a checkpoint and its config, that do not fit together
+└── OutputError           the destination cannot be written, or exists already (exit code 1)
+
+Messages say what was being done, the path and the FQN, what was expected and what was found. `hint` is the next step
+for the user; the command line prints it on a line of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class ReshardError(Exception):
+    """The base of every error that reshard raises on purpose."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(ReshardError):
+    """What the user gave cannot be used as it is."""
+
+
+class NotFound(InputError):
+    """Nothing is there, or nothing that any format recognises."""
+
+
+class Incomplete(InputError):
+    """A checkpoint with parts missing: files, chunks or ranks."""
+
+
+class Corrupt(InputError):
+    """Bytes that contradict themselves: checksums, offsets, sizes or headers."""
+
+
+class Unsupported(InputError):
+    """Well-formed, and deliberately not read."""
+
+
+class Mismatch(InputError):
+    """Checkpoints, or a checkpoint and its config, that do not fit together."""
+
+
+class OutputError(ReshardError):
+    """The destination cannot be written, or exists already."""
+
+
+def listed(names: Iterable[str], limit: int = 10) -> str:
+    """`a, b, c` for a message: the first `limit` names, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
