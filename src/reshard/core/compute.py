@@ -1,0 +1,272 @@
+"""The nodes that compute: casts, bit operations and weighted means.
+
+Everything here works on the block it is asked for, in pieces that stay in the processor's cache. Movement stays exact:
+what is computed is said by the type (`Cast`, `Mean`), and each rounds once, to nearest even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from reshard.core.box import Box
+from reshard.core.dtypes import DType, dtype
+from reshard.core.tensor import Array, Source, Tensor
+from reshard.errors import Mismatch, Unsupported
+
+PIECE = 1 << 16
+"""Elements computed at once: the working set of a cast or mean fits the level-2 cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bits(Tensor):
+    """Elements passed through a function of their bits, such as a byte swap or a complex conjugation."""
+
+    tensor: Tensor
+    apply: Callable[[Array], None]
+    """Changes a C-contiguous array of the storage type in place."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.tensor,)
+
+    def read_into(self, box: Box, out: Array, source: Source) -> None:
+        block = source.scratch(box.shape, self.dtype.storage)
+        self.tensor.read_into(box, block, source)
+        if not source.dry:
+            self.apply(block)
+            out[...] = block
+
+
+def byteswap(tensor: Tensor) -> Tensor:
+    """Big-endian elements as little-endian ones. Complex numbers are two elements each."""
+    width = tensor.dtype.itemsize // (2 if tensor.dtype.kind == "complex" else 1)
+
+    def swap(block: Array) -> None:
+        block.reshape(-1).view(f"u{width}").byteswap(inplace=True)
+
+    return tensor if width == 1 else Bits(tensor.dtype, tensor.shape, tensor, swap)
+
+
+def conjugate(tensor: Tensor) -> Tensor:
+    """Complex numbers with the sign of the imaginary part turned."""
+    return Bits(tensor.dtype, tensor.shape, tensor, lambda block: _flip_signs(block, tensor.dtype, slice(1, None, 2)))
+
+
+def negate(tensor: Tensor) -> Tensor:
+    """Numbers with their sign turned."""
+    if tensor.dtype.kind not in ("float", "complex"):
+        raise Unsupported(f"a {tensor.dtype} tensor with torch's negative bit set")
+    return Bits(tensor.dtype, tensor.shape, tensor, lambda block: _flip_signs(block, tensor.dtype, slice(None)))
+
+
+def _flip_signs(block: Array, kind: DType, which: slice) -> None:
+    width = kind.itemsize // (2 if kind.kind == "complex" else 1)
+    numbers = block.reshape(-1).view(f"u{width}")
+    numbers[which] ^= numbers.dtype.type(1 << (8 * width - 1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cast(Tensor):
+    """Floating-point numbers in another dtype, rounded to nearest even."""
+
+    tensor: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (self.tensor,)
+
+    def read_into(self, box: Box, out: Array, source: Source) -> None:
+        block = source.scratch(box.shape, self.tensor.dtype.storage)
+        self.tensor.read_into(box, block, source)
+        if source.dry:
+            return
+        numbers = block.reshape(-1).view(self.tensor.dtype.number)
+        if out.flags.c_contiguous:
+            round_into(numbers, out.reshape(-1), self.dtype)
+        else:
+            rounded = np.empty(numbers.shape, self.dtype.storage)
+            round_into(numbers, rounded, self.dtype)
+            out[...] = rounded.reshape(out.shape)
+
+
+def cast(tensor: Tensor, to: DType) -> Tensor:
+    """The tensor in dtype `to`. Integers, bools and packed types stay as they are."""
+    if tensor.dtype.kind != "float" or tensor.dtype is to:
+        return tensor
+    if to.kind != "float":
+        raise Unsupported(f"a cast from {tensor.dtype} to {to}", hint="--dtype takes floating-point types")
+    return Cast(to, tensor.shape, tensor)
+
+
+def round_into(numbers: Array, out: Array, to: DType) -> None:
+    """Write 1-D `numbers` (any float type) into `out` (of `to.storage`), rounded to nearest even, NaN staying NaN."""
+    target = out.view(to.number)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for at in range(0, len(numbers), PIECE):
+            piece = numbers[at : at + PIECE]
+            if to.itemsize <= 2 and piece.dtype == np.float64:
+                piece = _to_odd_float32(piece)
+            target[at : at + PIECE] = piece
+
+
+def _to_odd_float32(numbers: Array) -> Array:
+    """float64 as float32 such that a second rounding, to a type of 16 or fewer bits, equals a single one.
+
+    Rounding to odd: what is not exact ends in an odd last bit, so it is never mistaken for a tie.
+    """
+    nearest = numbers.astype(np.float32)
+    wide = nearest.astype(np.float64)
+    inexact = (wide != numbers) & np.isfinite(nearest)
+    if not inexact.any():
+        return nearest
+    bits = nearest.view(np.uint32)
+    away = inexact & (np.abs(wide) > np.abs(numbers))  # towards zero first, then make it odd
+    bits -= away.astype(np.uint32)
+    bits |= inexact.astype(np.uint32)
+    return nearest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mean(Tensor):
+    """The weighted mean of tensors of one shape, rounded once."""
+
+    tensors: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+    """They are divided by their sum."""
+    accumulate: Literal["float64", "float32"] = "float64"
+    report: Callable[[int, int], None] | None = field(default=None, repr=False)
+    """Called with (index of the tensor, number of NaN and infinite elements) when a block has any."""
+
+    def __post_init__(self) -> None:
+        if len(self.tensors) != len(self.weights) or not self.tensors:
+            raise ValueError(f"{len(self.weights)} weights for {len(self.tensors)} tensors")
+        if any(t.shape != self.shape for t in self.tensors):
+            raise Mismatch(f"the mean of shapes {', '.join(str(list(t.shape)) for t in self.tensors)}")
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.tensors
+
+    def read_into(self, box: Box, out: Array, source: Source) -> None:
+        blocks = []
+        for tensor in self.tensors:
+            block = source.scratch(box.shape, tensor.dtype.storage)
+            tensor.read_into(box, block, source)
+            blocks.append(block.reshape(-1).view(tensor.dtype.number))
+        if source.dry:
+            return
+        contiguous = out.flags.c_contiguous
+        result = out.reshape(-1) if contiguous else np.empty(box.size, self.dtype.storage)
+        mean = _mean_float64 if self.accumulate == "float64" else _mean_float32
+        with np.errstate(over="ignore", invalid="ignore"):
+            for at in range(0, box.size, PIECE):
+                pieces = [b[at : at + PIECE] for b in blocks]
+                total = mean(pieces, self.weights, self.dtype)
+                if self.report is not None and not np.isfinite(total).all():
+                    self._report(pieces)
+                round_into(total, result[at : at + PIECE], self.dtype)
+        if not contiguous:
+            out[...] = result.reshape(out.shape)
+
+    def _report(self, pieces: Sequence[Array]) -> None:
+        assert self.report is not None
+        for index, piece in enumerate(pieces):
+            bad = int(np.count_nonzero(~np.isfinite(piece.astype(np.float32, copy=False))))
+            if bad:
+                self.report(index, bad)
+
+
+def _mean_float32(pieces: Sequence[Array], weights: Sequence[float], _to: DType) -> Array:
+    total: Array = np.zeros(len(pieces[0]), np.float32)
+    equal = len(set(weights)) == 1
+    for piece, weight in zip(pieces, weights, strict=True):
+        total += piece.astype(np.float32, copy=False) * np.float32(1 if equal else weight)
+    total /= np.float32(len(weights) if equal else sum(weights))
+    return total
+
+
+def _mean_float64(pieces: Sequence[Array], weights: Sequence[float], to: DType) -> Array:
+    """In float64, and where that lands on a tie of the output dtype, decided by the exact remainder."""
+    equal = len(set(weights)) == 1
+    divisor = float(len(weights) if equal else sum(weights))
+    factors = [1.0 if equal else w for w in weights]
+    total: Array = np.zeros(len(pieces[0]), np.float64)
+    for piece, factor in zip(pieces, factors, strict=True):
+        total += piece if factor == 1.0 else piece.astype(np.float64) * factor
+    total /= divisor
+    tie = _TIE.get(to.name)
+    if tie is not None and not (equal and _is_exact(pieces)):
+        mask, half = tie
+        suspects = np.flatnonzero(((total.view(np.uint64) - half + np.uint64(16)) & mask) < np.uint64(33))
+        if len(suspects):
+            total[suspects] = _mean_exact([p[suspects] for p in pieces], factors, divisor)
+    return total
+
+
+_TIE = {
+    d.name: (np.uint64((1 << bits) - 1), np.uint64(1 << (bits - 1)))
+    for d, bits in ((dtype("F32"), 29), (dtype("BF16"), 45), (dtype("F16"), 42))
+}
+"""Per dtype the float64 bits below its last one, and their value half-way between two neighbours. A float64 mean within
+a few units of a tie may have been rounded onto or over it."""
+
+
+def _is_exact(pieces: Sequence[Array]) -> bool:
+    """Whether float64 sums of these bfloat16 numbers lose nothing: their exponents lie close enough together.
+
+    A sum of n terms of 8 bits, 36 binary orders apart, needs 44 + log2(n) of float64's 53 bits. Then a quotient that is
+    not exactly a tie cannot be rounded to one either.
+    """
+    if len(pieces) > 256 or any(p.dtype != dtype("BF16").numeric for p in pieces):
+        return False
+    magnitudes = [p.view(np.uint16) & np.uint16(0x7FFF) for p in pieces]
+    largest = max(int(m.max()) for m in magnitudes)
+    smallest = min(int((m - np.uint16(1)).min()) for m in magnitudes) + 1  # zeros wrap to the largest
+    return (largest >> 7) - (smallest >> 7) <= 36
+
+
+def _mean_exact(pieces: Sequence[Array], factors: Sequence[float], divisor: float) -> Array:
+    """The mean in twice the precision of float64, given as float64 rounded to odd."""
+    high: Array = np.zeros(len(pieces[0]), np.float64)
+    low = np.zeros_like(high)
+    for piece, factor in zip(pieces, factors, strict=True):
+        product, error = _two_product(piece.astype(np.float64), factor)
+        total = high + product
+        back = total - high
+        low += (high - (total - back)) + (product - back) + error
+        high = total
+    quotient = (high + low) / divisor
+    product, error = _two_product(quotient, divisor)
+    remainder = ((high - product) - error) + low
+    inexact = (remainder != 0) & np.isfinite(quotient)
+    bits = quotient.view(np.uint64)
+    toward_zero = inexact & ((remainder < 0) == (quotient > 0)) & (quotient != 0)
+    bits -= toward_zero.astype(np.uint64)
+    bits |= inexact.astype(np.uint64)
+    return quotient
+
+
+def _two_product(a: Array, b: float) -> tuple[Array, Array]:
+    """a * b and its rounding error, exactly (Dekker)."""
+    split = 134217729.0  # 2**27 + 1
+    product = a * b
+    big = a * split
+    a_high = big - (big - a)
+    a_low = a - a_high
+    b_high = b * split - (b * split - b)
+    b_low = b - b_high
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def is_computed(tensor: Tensor) -> bool:
+    """Whether any element's value is computed on the way, rather than moved."""
+    return isinstance(tensor, Cast | Mean) or any(is_computed(t) for t in tensor.inputs)
+
+
+def view_numeric(block: Array, kind: DType) -> np.ndarray[Any, Any]:
+    """A storage array as the numbers it holds; as it is when numpy has no such type."""
+    return block if kind.numeric is None else block.view(kind.numeric)
