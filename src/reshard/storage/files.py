@@ -1,0 +1,242 @@
+"""Local files: reading extents, and the ledger that holds what was read against the checksums of the container.
+
+A `Reader` is the `Source` of one thread. All readers of a run share the open files and the ledger.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reshard.core.box import Shape
+from reshard.core.tensor import Array, Extent
+from reshard.errors import Corrupt, Incomplete, NotFound
+from reshard.storage.crc import combine
+
+_OPEN_FILES = 512
+_GAP_NBYTES = 1 << 20
+
+
+class Files:
+    """Open file descriptors by path, the least recently opened closed first when there are many."""
+
+    def __init__(self, limit: int = _OPEN_FILES) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._open: dict[str, _Descriptor] = {}
+
+    def pread_into(self, path: str, offset: int, out: Any) -> None:
+        """Fill `out`, a writable buffer, from the file. Raises Incomplete when the file ends before it is full."""
+        descriptor = self._open.get(path) or self._opened(path)
+        view = memoryview(out)
+        wanted = view.nbytes
+        try:
+            got = os.preadv(descriptor.fd, [view], offset)
+            while 0 < got < wanted:
+                more = os.preadv(descriptor.fd, [view.cast("B")[got:]], offset + got)
+                if more == 0:
+                    break
+                got += more
+        except OSError as error:
+            raise OSError(error.errno, f"reading {wanted} bytes at offset {offset}: {error.strerror}", path) from error
+        if got != wanted:
+            raise Incomplete(
+                f"{path}: {wanted} bytes wanted at offset {offset}, the file ends after {got}",
+                hint="the file was truncated or is still being written",
+            )
+
+    def pread(self, path: str, offset: int, nbytes: int) -> bytes:
+        """Bytes of the file. Raises Incomplete when they are not all there."""
+        if nbytes > self.nbytes(path) - offset:
+            raise Incomplete(f"{path}: {nbytes} bytes wanted at offset {offset} of {self.nbytes(path)}")
+        out = bytearray(nbytes)
+        if nbytes:
+            self.pread_into(path, offset, out)
+        return bytes(out)
+
+    def nbytes(self, path: str) -> int:
+        """Size of the file."""
+        return (self._open.get(path) or self._opened(path)).nbytes
+
+    def _opened(self, path: str) -> _Descriptor:
+        with self._lock:
+            if path not in self._open:
+                if len(self._open) >= self._limit:
+                    self._open.pop(next(iter(self._open)))  # closed when the last reader lets go of it
+                self._open[path] = _Descriptor(path)
+            return self._open[path]
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+
+class _Descriptor:
+    """A file descriptor that is closed when no one refers to it any more."""
+
+    __slots__ = ("fd", "nbytes")
+
+    def __init__(self, path: str) -> None:
+        self.fd = -1
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise NotFound(f"{path}: no such file") from error
+        self.nbytes = os.fstat(self.fd).st_size
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Ledger:
+    """Checksums of the pieces that were read of each extent, until they add up to the whole.
+
+    Pieces may come in any order and from any thread. CRC-32s of neighbours combine, so no byte is read twice.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pieces: dict[Extent, dict[int, tuple[int, int]]] = {}
+        self._names: dict[Extent, str] = {}
+        self.num_checked = 0
+        """Extents whose checksum was confirmed."""
+
+    def add(self, extent: Extent, offset: int, data: Any, nbytes: int, name: str) -> None:
+        """Note what was read. Raises Corrupt when the extent is whole and its checksum is not the stated one."""
+        crc = zlib.crc32(data)
+        if nbytes == extent.nbytes:
+            self._compare(extent, crc, name)
+            return
+        with self._lock:
+            pieces = self._pieces.setdefault(extent, {})
+            self._names[extent] = name
+            pieces[offset] = max(pieces.get(offset, (0, 0)), (nbytes, crc))
+            whole = sum(n for n, _ in pieces.values()) == extent.nbytes and self._combined(extent)
+        if whole:
+            self._compare(extent, whole[1], name)
+            with self._lock:
+                self._pieces[extent] = {0: (extent.nbytes, whole[1])}
+
+    def settle(self, files: Files) -> None:
+        """Confirm every extent of which anything was read, reading what no one asked for."""
+        with self._lock:
+            waiting = [e for e, pieces in self._pieces.items() if pieces.get(0, (0, 0))[0] != e.nbytes]
+        for extent in waiting:
+            crc, at = 0, 0
+            for offset, nbytes, known in _in_order(self._pieces[extent]):
+                if offset < at:  # overlapping pieces: their checksums do not combine
+                    crc, at = 0, 0
+                    break
+                crc = _crc_of(files, extent, at, offset, crc)
+                crc, at = combine(crc, known, nbytes), offset + nbytes
+            self._compare(extent, _crc_of(files, extent, at, extent.nbytes, crc), self._names[extent])
+        self._pieces.clear()
+
+    def _combined(self, extent: Extent) -> tuple[int, int] | None:
+        crc, at = 0, 0
+        for offset, nbytes, known in _in_order(self._pieces[extent]):
+            if offset != at:
+                return None
+            crc, at = combine(crc, known, nbytes), at + nbytes
+        return (at, crc) if at == extent.nbytes else None
+
+    def _compare(self, extent: Extent, crc: int, name: str) -> None:
+        if crc != extent.crc32:
+            raise Corrupt(
+                f"{extent.path}: {name + ': ' if name else ''}the {extent.nbytes} bytes at offset {extent.offset} have"
+                f" CRC-32 {crc:08x}, the file says {extent.crc32:08x}",
+                hint="the shard was damaged after it was written: copy it again from where it was saved",
+            )
+        self.num_checked += 1
+
+
+def _in_order(pieces: dict[int, tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    return ((offset, nbytes, crc) for offset, (nbytes, crc) in sorted(pieces.items()))
+
+
+def _crc_of(files: Files, extent: Extent, start: int, stop: int, crc: int) -> int:
+    while start < stop:
+        nbytes = min(_GAP_NBYTES, stop - start)
+        crc = zlib.crc32(files.pread(extent.path, extent.offset + start, nbytes), crc)
+        start += nbytes
+    return crc
+
+
+class Reader:
+    """Shows the bytes of extents from local files. One for each thread."""
+
+    dry = False
+
+    def __init__(self, files: Files | None = None, ledger: Ledger | None = None) -> None:
+        self.files = files or Files()
+        self.ledger = ledger
+        self.name = ""
+        """The FQN that is being read, for messages."""
+        self._scratch: list[Any] = []
+        self._used = 0
+
+    def read(self, extent: Extent, offset: int, out: Array) -> None:
+        self.files.pread_into(extent.path, extent.offset + offset, out)
+        if extent.crc32 is not None and self.ledger is not None:
+            self.ledger.add(extent, offset, out, out.nbytes, self.name)
+
+    def scratch(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """Memory that is handed out again for the next block: see `next_block`."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if self._used == len(self._scratch):
+            self._scratch.append(np.empty(nbytes, "u1"))
+        elif self._scratch[self._used].nbytes < nbytes:
+            self._scratch[self._used] = np.empty(nbytes, "u1")
+        buffer: Array = self._scratch[self._used][:nbytes]
+        self._used += 1
+        return buffer.view(dtype).reshape(shape)
+
+    def next_block(self) -> None:
+        """All scratch memory may be used again."""
+        self._used = 0
+
+
+class LazySource:
+    """The source of an open checkpoint: a new reader, with every checksum checked, for each tensor that is read."""
+
+    dry = False
+
+    def __init__(self, files: Files | None = None) -> None:
+        self._files = files or Files()
+        self._ledger = Ledger()
+
+    def read(self, extent: Extent, offset: int, out: Array) -> None:
+        self._files.pread_into(extent.path, extent.offset + offset, out)
+        if extent.crc32 is not None and out.nbytes == extent.nbytes:
+            self._ledger.add(extent, offset, out, out.nbytes, "")
+
+    def scratch(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        return np.empty(shape, dtype)
+
+
+class Recorder:
+    """A source for dry runs: it notes what would be read and shows nothing."""
+
+    dry = True
+
+    def __init__(self, note: Callable[[Extent, int, int], None]) -> None:
+        self._note = note
+
+    def read(self, extent: Extent, offset: int, out: Array) -> None:
+        self._note(extent, offset, out.size * out.itemsize)
+
+    def scratch(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """An array of this shape that takes no memory."""
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def file_extent(path: Path) -> Extent:
+    """All of a file."""
+    return Extent(str(path), 0, path.stat().st_size)

@@ -1,0 +1,458 @@
+"""The engine: carry a plan out so that the destination is absent, the old one, or complete.
+
+    staging   .NAME.reshard beside the destination holds the files, a lock and a journal
+    move      a few threads take one tensor after another: read a block, check it, digest it, write it
+    seal      constant bytes, then what depends on digests, the manifest last
+    commit    flush, rename, flush the parent
+
+The journal notes each finished segment with its digest. When the same plan is run again after it was interrupted,
+segments whose bytes still have that digest are kept. What the journal says is never trusted without reading the bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from reshard.core.tensor import Tensor
+from reshard.errors import Corrupt, InputError, Mismatch, OutputError, ReshardError
+from reshard.storage.files import Files, Ledger, Reader
+from reshard.storage.plan import Digest, FilePlan, Plan, Seal, blocks
+
+BLOCK_NBYTES = 1 << 19
+"""Larger blocks fall out of the level-2 cache between reading, checking and writing."""
+
+Progress = Callable[[int, str], None]
+"""Called with (bytes done since the last call, FQN), from any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run did."""
+
+    destination: Path
+    nbytes: int
+    """Of all files written."""
+    num_tensors: int
+    num_checked: int
+    """Source records whose CRC-32 was confirmed."""
+    kept_nbytes: int
+    """Taken over from an interrupted run."""
+    seconds: float
+    digests: Mapping[tuple[str, int], Digest] = field(repr=False, default_factory=dict)
+
+
+def default_threads() -> int:
+    """As many as have something to do: the work is copying memory."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def check_destination(destination: Path, plan: Plan, force: bool) -> None:
+    """Raise OutputError when the destination must not or cannot be written; nothing is touched."""
+    final = _resolved(destination)
+    held = final.is_dir() and any(final.iterdir())
+    if (held or final.is_file()) and not force:
+        raise OutputError(f"{destination} exists", hint="--force replaces it, once the new one is complete")
+    if plan.is_one_file and final.is_dir():
+        raise OutputError(f"{destination} is a directory, and the output is one file")
+    for path in plan.sources():
+        if final == Path(os.path.realpath(path)) or final in Path(os.path.realpath(path)).parents:
+            raise OutputError(
+                f"{destination} holds the input {path}: replacing it would destroy what is being read",
+                hint="choose another output",
+            )
+    parent = _existing_parent(final)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{destination}: {parent} is not writable")
+    free = shutil.disk_usage(parent).free + sum(
+        f.stat().st_blocks * 512 for f in _staging(final).rglob("*") if f.is_file()
+    )
+    if plan.nbytes > free:
+        raise OutputError(
+            f"{destination}: {plan.nbytes} bytes to write, {free} free in {parent}",
+            hint="free some space, choose another output, or write less with --dtype bfloat16",
+        )
+
+
+def run(
+    plan: Plan,
+    destination: Path,
+    *,
+    threads: int | None = None,
+    block_nbytes: int = BLOCK_NBYTES,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Write the plan's files. See the module's docstring for what holds when this is interrupted.
+
+    Raises OutputError for the destination's sake, InputError (naming file and FQN) for the source's. After an
+    InputError nothing is left; after an interruption or a full disk the staging directory stays, and a second run
+    goes on from it.
+    """
+    began = time.monotonic()
+    check_destination(destination, plan, force)
+    final = _resolved(destination)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    stamp = _source_stamp(plan)
+    with _staged(final) as staging:
+        journal = _Journal(staging, _fingerprint(plan, stamp))
+        try:
+            result = _fill(plan, staging / "files", journal, threads or default_threads(), block_nbytes, progress)
+            if _source_stamp(plan) != stamp:
+                raise Mismatch(
+                    f"the source of {destination} changed while it was read",
+                    hint="run again when the checkpoint is no longer being written",
+                )
+        except InputError:
+            journal.close()
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        except OSError as error:
+            raise _explained(error, destination) from error
+        finally:
+            journal.close()
+        _commit(plan, staging / "files", final)
+        shutil.rmtree(staging, ignore_errors=True)
+    digests, num_checked, kept = result
+    num_tensors = sum(bool(name) for *_, name, _ in plan.tensors())
+    seconds = time.monotonic() - began
+    return Result(destination, plan.nbytes, num_tensors, num_checked, kept, seconds, digests)
+
+
+def digest(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    block_nbytes: int = BLOCK_NBYTES,
+    progress: Progress | None = None,
+) -> Mapping[tuple[str, int], Digest]:
+    """What `run` would find for every tensor of the plan, written nowhere: the walk that `verify --against` takes."""
+    digests: dict[tuple[str, int], Digest] = {}
+    shared = _Shared(progress, block_nbytes)
+
+    def work(task: _Task) -> None:
+        digests[task.file.path, task.index] = shared.move(task, None)
+
+    _each(_tasks(plan), work, threads or default_threads())
+    shared.ledger.settle(shared.files)
+    return digests
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    file: FilePlan
+    index: int
+    offset: int
+    name: str
+    tensor: Tensor
+
+
+def _tasks(plan: Plan) -> list[_Task]:
+    return [_Task(*t) for t in plan.tensors()]
+
+
+class _Shared:
+    """What the threads of a run have in common."""
+
+    def __init__(self, progress: Progress | None, block_nbytes: int) -> None:
+        self.files, self.ledger = Files(), Ledger()
+        self._progress = progress
+        self._block_nbytes = block_nbytes
+        self._local = threading.local()
+
+    def move(self, task: _Task, fd: int | None) -> Digest:
+        """Read a tensor block by block, write it when there is somewhere to write, and digest it."""
+        reader, buffer = self._own()
+        reader.name = task.name
+        hasher, crc, offset = xxhash.xxh3_128(), 0, task.offset
+        tensor, storage = task.tensor, task.tensor.dtype.storage
+        try:
+            for box in blocks(tensor, self._block_nbytes):
+                nbytes = tensor.dtype.itemsize * box.size
+                block = buffer[:nbytes]
+                reader.next_block()
+                tensor.read_into(box, block.view(storage).reshape(box.shape), reader)
+                hasher.update(block.data)
+                if task.file.crc32:
+                    crc = zlib.crc32(block.data, crc)
+                if fd is not None:
+                    _pwrite(fd, block, offset)
+                offset += nbytes
+                if self._progress is not None:
+                    self._progress(nbytes, task.name)
+        except InputError as error:
+            raise _named(error, task.name) from error
+        return Digest(hasher.hexdigest(), crc)
+
+    def _own(self) -> tuple[Reader, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+        if not hasattr(self._local, "reader"):
+            self._local.reader = Reader(self.files, self.ledger)
+            self._local.buffer = np.empty(self._block_nbytes + 16, np.uint8)
+        return self._local.reader, self._local.buffer
+
+
+def _fill(
+    plan: Plan, folder: Path, journal: _Journal, threads: int, block_nbytes: int, progress: Progress | None
+) -> tuple[dict[tuple[str, int], Digest], int, int]:
+    shared = _Shared(progress, block_nbytes)
+    fds = {file.path: _create(folder / _staged_name(file), file.nbytes) for file in plan.files}
+    try:
+        digests: dict[tuple[str, int], Digest] = {}
+        todo, kept = [], 0
+        for task in _tasks(plan):
+            known = journal.known.get((task.file.path, task.index))
+            if known and _digest_at(fds[task.file.path], task, block_nbytes) == known:
+                digests[task.file.path, task.index] = known
+                kept += task.tensor.nbytes
+                if progress is not None:
+                    progress(task.tensor.nbytes, task.name)
+            else:
+                todo.append(task)
+
+        def work(task: _Task) -> None:
+            done = shared.move(task, fds[task.file.path])
+            digests[task.file.path, task.index] = done
+            journal.note(task.file.path, task.index, done)
+
+        _each(todo, work, threads)
+        shared.ledger.settle(shared.files)
+        _seal(plan, fds, digests)
+        for fd in fds.values():
+            os.fsync(fd)
+    finally:
+        for fd in fds.values():
+            os.close(fd)
+    for directory in {folder, *((folder / f.path).parent for f in plan.files)}:
+        _fsync_directory(directory)
+    return digests, shared.ledger.num_checked, kept
+
+
+def _seal(plan: Plan, fds: Mapping[str, int], digests: dict[tuple[str, int], Digest]) -> None:
+    """Write what is not tensors: constants first, then seals in the order of the plan."""
+    for wanted in (bytes, Seal):
+        for file in plan.files:
+            for index, offset, segment in file.placed():
+                if not isinstance(segment.payload, wanted):
+                    continue
+                data = segment.payload.make(digests) if isinstance(segment.payload, Seal) else segment.payload
+                assert isinstance(data, bytes)
+                if len(data) != segment.nbytes:
+                    raise AssertionError(f"{file.path}: a seal of {len(data)} bytes, planned {segment.nbytes}")
+                _pwrite(fds[file.path], data, offset)
+                digests[file.path, index] = Digest(xxhash.xxh3_128_hexdigest(data), zlib.crc32(data))
+
+
+def _each(tasks: Sequence[_Task], work: Callable[[_Task], None], threads: int) -> None:
+    """Do all tasks in a few threads; the first error stops the others and is raised."""
+    if threads == 1 or len(tasks) < 2:
+        for task in tasks:
+            work(task)
+        return
+    queue, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+
+    def loop() -> None:
+        try:
+            while not stop.is_set():
+                with lock:
+                    task = next(queue, None)
+                if task is None:
+                    return
+                work(task)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(loop) for _ in range(threads)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _digest_at(fd: int, task: _Task, block_nbytes: int) -> Digest:
+    hasher, crc = xxhash.xxh3_128(), 0
+    for at in range(task.offset, task.offset + task.tensor.nbytes, block_nbytes):
+        data = os.pread(fd, min(block_nbytes, task.offset + task.tensor.nbytes - at), at)
+        hasher.update(data)
+        if task.file.crc32:
+            crc = zlib.crc32(data, crc)
+    return Digest(hasher.hexdigest(), crc)
+
+
+class _Journal:
+    """Finished segments and their digests, one line each; a line that was cut short does not count."""
+
+    def __init__(self, staging: Path, fingerprint: str) -> None:
+        self.known: dict[tuple[str, int], Digest] = {}
+        path = staging / "journal"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        if not lines or lines[0] != fingerprint.encode():
+            shutil.rmtree(staging / "files", ignore_errors=True)
+            path.write_bytes(fingerprint.encode() + b"\n")
+        for line in lines[1:] if self._matches(lines, fingerprint) else []:
+            index, xxh3, crc, name = line.decode(errors="replace").split(" ", 3)
+            self.known[name, int(index)] = Digest(xxh3, int(crc, 16))
+        self._lock = threading.Lock()
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    @staticmethod
+    def _matches(lines: Sequence[bytes], fingerprint: str) -> bool:
+        return bool(lines) and lines[0] == fingerprint.encode()
+
+    def note(self, path: str, index: int, done: Digest) -> None:
+        line = f"{index} {done.xxh3_128} {done.crc32:08x} {path}\n".encode()
+        with self._lock:
+            os.write(self._fd, line)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@contextmanager
+def _staged(final: Path) -> Iterator[Path]:
+    """The staging directory of a destination, held by one process at a time."""
+    staging = _staging(final)
+    try:
+        staging.mkdir(exist_ok=True)
+        lock = os.open(staging / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _explained(error, final) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(f"{final} is being written by another process (it holds {staging}/lock)") from error
+        yield staging
+    finally:
+        os.close(lock)
+
+
+def _staging(final: Path) -> Path:
+    name = final.name
+    if len(name.encode()) > 230:
+        name = xxhash.xxh3_64_hexdigest(name.encode())
+    return final.parent / f".{name}.reshard"
+
+
+def _staged_name(file: FilePlan) -> str:
+    return file.path or "output"
+
+
+def _create(path: Path, nbytes: int) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    os.ftruncate(fd, nbytes)
+    return fd
+
+
+def _pwrite(fd: int, data: object, offset: int) -> None:
+    view = memoryview(data).cast("B")  # type: ignore[arg-type]
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _commit(plan: Plan, folder: Path, final: Path) -> None:
+    """Make the finished files the destination."""
+    if plan.is_one_file:
+        os.replace(folder / "output", final)
+        for file in plan.files:
+            if file.path:
+                os.replace(folder / file.path, beside(final, file.path))
+    elif final.is_dir() and any(final.iterdir()):
+        _exchange(folder, final)
+    else:
+        os.rename(folder, final)
+    _fsync_directory(final.parent)
+
+
+def beside(final: Path, name: str) -> Path:
+    """Where a file that belongs to a one-file output lies: `out.safetensors.reshard.json`."""
+    return final.with_name(f"{final.name}.{name}")
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two directories at once where the kernel can (Linux), else one after the other."""
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        renameat2 = None
+    if renameat2 and renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
+        return
+    aside = new.with_name("replaced")
+    os.rename(old, aside)
+    os.rename(new, old)
+
+
+def _fsync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _resolved(destination: Path) -> Path:
+    return Path(os.path.realpath(destination))
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(p for p in path.parents if p.is_dir())
+
+
+def _source_stamp(plan: Plan) -> list[tuple[str, int, int, int]]:
+    stamps = []
+    for path in plan.sources():
+        stat = os.stat(path)
+        stamps.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    return stamps
+
+
+def _fingerprint(plan: Plan, stamp: list[tuple[str, int, int, int]]) -> str:
+    hasher = xxhash.xxh3_128(repr((stamp, sorted(plan.facts.items(), key=str))).encode())
+    for file in plan.files:
+        hasher.update(f"{file.path} {file.crc32}\n".encode())
+        for segment in file.segments:
+            if isinstance(segment.payload, bytes):
+                hasher.update(segment.payload)
+            hasher.update(f"{segment.name} {segment.nbytes}\n".encode())
+    return hasher.hexdigest()
+
+
+def _named(error: InputError, name: str) -> InputError:
+    message = str(error)
+    if not name or name in message:
+        return error
+    return type(error)(f"{name}: {message}", hint=error.hint)
+
+
+def _explained(error: OSError, destination: Path) -> ReshardError:
+    if error.errno == errno.ENOSPC:
+        return OutputError(
+            f"{destination}: the disk is full", hint="free some space and run again: what is done is kept"
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return OutputError(f"{destination} cannot be written: {error.strerror}")
+    if error.errno == errno.EIO:
+        return Corrupt(f"{error.filename or destination}: {error}", hint="the disk could not read or write this")
+    return OutputError(f"{destination}: {error}")
