@@ -930,7 +930,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _new_tuple_of() -> Callable[[object], object]:
-    """torch.Size for hundreds of thousands: the tuple itself. New for each load, because a BUILD can change a function."""
+    """torch.Size for hundreds of thousands: the tuple itself. New for each load: a BUILD can change a function."""
 
     def tuple_of(sizes: object) -> object:
         if type(sizes) is not tuple:
