@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 import struct
+import subprocess
 import warnings
 import zipfile
 import zlib
@@ -200,6 +202,20 @@ def test_archives_packed_again_to_a_stream_are_read() -> None:
         packed.writestr("x/data.pkl", b"N.")
         packed.writestr("x/data/0", bytes(100))
     assert opened(bytes(pipe.data)).read_small("data/0") == bytes(100)
+
+
+@pytest.mark.skipif(shutil.which("zip") is None, reason="needs Info-ZIP")
+@pytest.mark.parametrize("arguments", ["-r again.zip archive", "-0 -D -r again.zip archive", "-r - archive"])
+def test_archives_packed_again_by_info_zip_are_read(arguments: str, tmp_path: Path) -> None:
+    original = saved([torch.zeros(1000), torch.empty(0)])
+    with zipfile.ZipFile(io.BytesIO(original)) as unpacked:
+        unpacked.extractall(tmp_path)
+    done = subprocess.run(["zip", "-q", *arguments.split()], cwd=tmp_path, check=True, stdout=subprocess.PIPE)
+    found = opened(done.stdout or (tmp_path / "again.zip").read_bytes())
+    expected = opened(original)
+    assert {name: found.read_small(name) for name in found.records} == {
+        name: expected.read_small(name) for name in expected.records
+    }
 
 
 def test_torchscript_archives_open() -> None:

@@ -27,7 +27,7 @@ are 0 where the user turned them off (`torch.serialization.set_crc32_options(Fal
 Archives that were unpacked and packed again by Python's `zipfile` or Info-ZIP, deflated or not, are read too; of their
 headers, what is stated twice must agree.
 
-Source: PyTorch 1.6 to 2.13, `caffe2/serialize/inline_container.cc`, and its copy of miniz; `torch/serialization.py`.
+Source: PyTorch 2.0 to 2.15, `caffe2/serialize/inline_container.cc`, and its copy of miniz; `torch/serialization.py`.
 """
 
 from __future__ import annotations
@@ -274,6 +274,7 @@ class _Ends:
 
 
 def _parse_ends(window: _Window) -> _Ends:
+    """Where the directory is, by the end records, which must be the last bytes of the archive."""
     where, nbytes = window.where, window.nbytes
     if nbytes < _END.size:
         raise _corrupt(where, f"{nbytes} bytes are no archive, the end record alone has {_END.size}")
@@ -284,26 +285,13 @@ def _parse_ends(window: _Window) -> _Ends:
     if signature != b"PK\5\6" or disks != [0, 0] or count != total or comment_nbytes:
         raise _corrupt(where, "its last 22 bytes are no end record: it was cut short, or something was appended")
     said = count, directory_nbytes, directory_offset
-    if nbytes >= _ALL_ENDS_NBYTES:
-        signature, disk, end64_offset, num_disks = _LOCATOR.unpack(
-            window.show(end_offset - _LOCATOR.size, _LOCATOR.size)
-        )
-        if signature == b"PK\6\7":
-            end_offset = nbytes - _ALL_ENDS_NBYTES
-            end64 = _END64.unpack(window.show(end_offset, _END64.size))
-            signature, size, _, _, disk_a, disk_b, count, total, directory_nbytes, directory_offset = end64
-            zeros = disk, disk_a, disk_b, num_disks - 1, count - total, end64_offset - end_offset
-            small = min(count, _MAX16), min(directory_nbytes, _MAX32), min(directory_offset, _MAX32)
-            if signature != b"PK\6\6" or size != 44 or any(zeros) or small != said:
-                raise _corrupt(where, "its end records contradict each other")
-    if directory_offset + directory_nbytes != end_offset:
-        raise _corrupt(
-            where,
-            f"its directory is said to lie at bytes {directory_offset} to {directory_offset + directory_nbytes}, "
-            f"it must end at {end_offset}",
-        )
-    if directory_nbytes < count * _CENTRAL.size:
-        raise _corrupt(where, f"a directory of {directory_nbytes} bytes cannot list {count} records")
+    wide = _parse_zip64_ends(window, said)
+    if wide:
+        end_offset = nbytes - _ALL_ENDS_NBYTES
+    count, directory_nbytes, directory_offset = wide or said
+    if directory_offset + directory_nbytes != end_offset or directory_nbytes < count * _CENTRAL.size:
+        claim = f"{count} records in bytes {directory_offset} to {directory_offset + directory_nbytes}"
+        raise _corrupt(where, f"its directory is said to list {claim}, and has to end at byte {end_offset}")
     if directory_nbytes > SMALL_NBYTES:
         raise _unsupported(where, f"its directory has {directory_nbytes} bytes, more than {SMALL_NBYTES} are not read")
     torch_ends = _end_records(count, directory_offset, directory_nbytes)
@@ -311,40 +299,55 @@ def _parse_ends(window: _Window) -> _Ends:
     return _Ends(count, directory_offset, directory_nbytes, is_torch_written)
 
 
+def _parse_zip64_ends(window: _Window, said: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    """The number of records, the directory's size and its offset; None if there are no zip64 end records.
+
+    `said` are the same three by the plain end record, each true or too large for it.
+    """
+    end_offset = window.nbytes - _ALL_ENDS_NBYTES
+    if end_offset < 0:
+        return None
+    locator = window.show(window.nbytes - _END.size - _LOCATOR.size, _LOCATOR.size)
+    if not locator.startswith(b"PK\6\7"):
+        return None
+    end64 = _END64.unpack(window.show(end_offset, _END64.size))
+    signature, size, _, _, disk, directory_disk, count, total, directory_nbytes, directory_offset = end64
+    true = count, directory_nbytes, directory_offset
+    fits = [narrow in (wide, limit) for narrow, wide, limit in zip(said, true, (_MAX16, _MAX32, _MAX32), strict=True)]
+    regular = signature == b"PK\6\6" and size == 44 and not disk and not directory_disk and count == total
+    if not regular or not all(fits) or locator != _LOCATOR.pack(b"PK\6\7", 0, end_offset, 1):
+        raise _corrupt(window.where, "its end records contradict each other")
+    return true
+
+
 def _records(window: _Window, ends: _Ends, directory: bytes) -> tuple[str, dict[str, Record]]:
-    """The prefix, and the records by name without it, once the local headers agree with the directory."""
+    """The prefix, and the records by name without it, once they tile the archive and their headers agree."""
     where = window.where
-    listed = _parse_directory(directory, ends, where)
-    listed.sort(key=lambda item: item[1].offset)
-    if not listed:
-        raise _unsupported(where, "the zip file is empty")
-    prefix = listed[0][1].name.partition(b"/")[0] + b"/"
+    listed = sorted(_parse_directory(directory, ends, where), key=lambda item: item[1].offset)
+    prefix = listed[0][1].name.partition(b"/")[0] + b"/" if listed else b""
     has_crcs = any(entry.crc32 for _, entry, _ in listed)
     parse = _parse_torch_record if ends.is_torch_written else _parse_any_record
     records: dict[str, Record] = {}
-    foreign: list[bytes] = []
-    stops = [entry.offset for _, entry, _ in listed[1:]] + [ends.directory_offset]
-    position = 0
-    for (directory_position, entry, central), stop in zip(listed, stops, strict=True):
-        if entry.offset != position:
-            raise _corrupt(where, f"{_named(entry)} starts at byte {entry.offset}, expected at {position}")
-        position = stop
-        data_offset, crc_offset = parse(window, entry, central, stop)
-        if not entry.name.startswith(prefix):
-            foreign.append(entry.name)
+    is_foreign = False
+    starts = [entry.offset for _, entry, _ in listed] + [ends.directory_offset]
+    if starts[0] != 0:
+        raise _corrupt(where, f"its first record starts at byte {starts[0]}")
+    for (position, entry, central), stop in zip(listed, starts[1:], strict=True):
+        offset, crc_offsets = parse(window, entry, central, stop)
         if entry.name.endswith(b"/") and not entry.nbytes:
             continue  # Info-ZIP lists folders
+        is_foreign |= not entry.name.startswith(prefix)
         name = entry.name.removeprefix(prefix).decode("utf-8", "surrogateescape")
         if name in records:
             raise _corrupt(where, f"two records are named {name}")
-        crc_offsets = (*crc_offset, ends.directory_offset + directory_position + 16)
+        crc_offsets = (*crc_offsets, ends.directory_offset + position + 16)
         crc32 = entry.crc32 if has_crcs or not entry.nbytes else None
-        records[name] = Record(name, data_offset, entry.nbytes, entry.stored_nbytes, entry.method, crc32, crc_offsets)
-    if foreign or "data.pkl" not in records:
+        records[name] = Record(name, offset, entry.nbytes, entry.stored_nbytes, entry.method, crc32, crc_offsets)
+    if is_foreign or "data.pkl" not in records:
         raise _unsupported(where, "the zip file was not written by torch.save: it has no <prefix>/data.pkl")
-    strange = [record.name for record in records.values() if record.method not in (STORED, DEFLATED)]
-    if strange:
-        raise _unsupported(where, f"{strange[0]} is packed by zip method {records[strange[0]].method}")
+    for name, record in records.items():
+        if record.method not in (STORED, DEFLATED):
+            raise _unsupported(where, f"{name} is packed by zip method {record.method}")
     return prefix[:-1].decode("utf-8", "surrogateescape"), records
 
 
@@ -433,8 +436,8 @@ def _parse_any_record(
             raise disagrees
         return data_offset, (entry.offset + 14,)
     layout = {16: "<4s3I", 24: "<4sI2Q"}.get(stop - data_stop)
-    if said not in (truth, (0, 0, 0)) or layout is None:
-        raise disagrees
+    if layout is None or any(value not in (0, true) for value, true in zip(said, truth, strict=True)):
+        raise disagrees  # what was not known yet is 0; Info-ZIP knows the size, `zipfile` nothing
     if struct.unpack(layout, window.show(data_stop, stop - data_stop)) != (b"PK\7\10", *truth):
         raise disagrees
     return data_offset, (data_stop + 4,)
@@ -569,7 +572,7 @@ def lay_out(prefix: str, payload: bytes, storages_nbytes: Sequence[int], *, alig
 
     pieces: list[Piece] = []
     filled: list[int] = []  # positions of the storages that are not empty
-    text = b""  # since the last of them, without its descriptor
+    text = bytearray()  # since the last of them, without its descriptor
     for position, content in enumerate(contents):
         entry = entries[position]
         text += _local_header(entry, _padding_nbytes(entry, alignment))
@@ -577,13 +580,13 @@ def lay_out(prefix: str, payload: bytes, storages_nbytes: Sequence[int], *, alig
             entries[position] = entry = replace(entry, crc32=zlib.crc32(content))
             text += content + _descriptor(entry)
         elif entry.nbytes:
-            pieces.append(_between(entries, filled, len(head), text))
+            pieces.append(_between(entries, filled, len(head), bytes(text)))
             pieces.append(Slot(position - len(head), entry.nbytes))
             filled.append(position)
-            text = b""
+            text.clear()
     header = _local_header(entries[-1], _padding_nbytes(entries[-1], alignment))
     data_offset = entries[-1].offset + len(header)
-    ending = partial(_ending, tuple(entries), tuple(filled), text + header, data_offset, hash_names(names))
+    ending = partial(_ending, tuple(entries), tuple(filled), bytes(text + header), data_offset, hash_names(names))
     ending_text = ending([0] * len(filled))
     storages = tuple(position - len(head) for position in filled)
     pieces.append(Seal(len(ending_text), storages, ending) if filled else Constant(ending_text))
