@@ -46,21 +46,21 @@ class File:
     metadata: dict[str, str]
 
 
-def read(path: Path, files: Files | None = None) -> File:
-    """Read the header of one file and check it against the file's size.
+def read(path: Path, files: Files | None = None, start: int = 0) -> File:
+    """Read the header of one file, or of what fills a file from byte `start` on, and check it against the size.
 
     Raises Corrupt or Incomplete, naming the file and the FQN, unless every tensor lies in the file, has as many bytes
     as its dtype and shape say, and all of them tile the data exactly.
     """
     files = files or Files()
-    nbytes = files.nbytes(str(path))
+    nbytes = files.nbytes(str(path)) - start
     if nbytes < 8:
         raise Incomplete(f"{path}: {nbytes} bytes are no safetensors file", hint="it may still be being written")
-    header_nbytes = int.from_bytes(files.pread(str(path), 0, 8), "little")
+    header_nbytes = int.from_bytes(files.pread(str(path), start, 8), "little")
     if header_nbytes > min(HEADER_LIMIT_NBYTES, nbytes - 8):
         raise Corrupt(f"{path}: a safetensors header of {header_nbytes} bytes in a file of {nbytes}")
     try:
-        header = msgspec.json.decode(files.pread(str(path), 8, header_nbytes), type=dict[str, msgspec.Raw])
+        header = msgspec.json.decode(files.pread(str(path), start + 8, header_nbytes), type=dict[str, msgspec.Raw])
         metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
         entries = {fqn: msgspec.json.decode(raw, type=_Entry) for fqn, raw in header.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -73,7 +73,7 @@ def read(path: Path, files: Files | None = None) -> File:
         begin, end = entry.data_offsets
         if kind.nbytes(shape) != end - begin:
             raise Corrupt(f"{path}: {fqn}: {end - begin} bytes for {kind} of shape {list(shape)}")
-        tensors[fqn] = Stored(kind, shape, Extent(str(path), 8 + header_nbytes + begin, end - begin))
+        tensors[fqn] = Stored(kind, shape, Extent(str(path), start + 8 + header_nbytes + begin, end - begin))
     return File(path, tensors, metadata)
 
 
