@@ -364,32 +364,37 @@ def _parse_directory(directory: bytes, ends: _Ends, where: str) -> list[_Listed]
     position = 0
     for index in range(ends.num_records):
         start = position
-        if start + _CENTRAL.size > len(directory):
-            raise _corrupt(where, f"its directory ends before record {index} of {ends.num_records}")
-        central = _CENTRAL.unpack_from(directory, start)
-        signature, made_by, _, _, method, _, _, crc32, stored_nbytes, nbytes, *rest = central
-        name_nbytes, extra_nbytes, comment_nbytes, disk, _, _, offset = rest
-        name_end = start + _CENTRAL.size + name_nbytes
-        position = name_end + extra_nbytes
-        if signature != b"PK\1\2" or disk or comment_nbytes or position > len(directory):
-            raise _corrupt(where, f"its directory is damaged at record {index}")
-        extra = _parse_extra(directory[name_end:position], where, f"directory record {index}")
-        (nbytes, stored_nbytes, offset) = _widen((nbytes, stored_nbytes, offset), extra, where)
-        name = directory[start + _CENTRAL.size : name_end]
-        entry = _Entry(name, method, crc32, nbytes, stored_nbytes, offset)
+        entry, central, position = _parse_central(directory, start, f"{where}: directory record {index}")
         if ends.is_torch_written and directory[start:position] != _central_header(entry):
             raise _corrupt(where, f"its directory is damaged at {_named(entry)}")
-        if not ends.is_torch_written and made_by & 0xFF < 10:
-            # torch leaves 0, packers the version of the zip specification, 1.0 and up: a torch archive with torn ends
+        if not ends.is_torch_written and central[1] & 0xFF < 10:
+            # made by: torch leaves 0, packers the version of the zip specification, from 1.0 = 10 up
             raise _corrupt(where, "its end records are not those that torch writes")
-        if crc32 and not nbytes:
-            raise _corrupt(where, f"{_named(entry)} is empty and has the CRC-32 {crc32:08x}")
-        if method == STORED and nbytes != stored_nbytes:
-            raise _corrupt(where, f"{_named(entry)} is stored as it is, in {stored_nbytes} bytes instead of {nbytes}")
+        if entry.crc32 and not entry.nbytes:
+            raise _corrupt(where, f"{_named(entry)} is empty and has the CRC-32 {entry.crc32:08x}")
+        if entry.method == STORED and entry.nbytes != entry.stored_nbytes:
+            raise _corrupt(where, f"{_named(entry)} is stored as it is, its two sizes differ")
         listed.append((start, entry, central))
     if position != len(directory):
         raise _corrupt(where, f"its directory lists {ends.num_records} records and has bytes left over")
     return listed
+
+
+def _parse_central(directory: bytes, start: int, where: str) -> tuple[_Entry, tuple[int, ...], int]:
+    """One record of the directory, its fixed fields as they stand, and where the next one starts."""
+    name_start = start + _CENTRAL.size
+    if name_start > len(directory):
+        raise _corrupt(where, "the directory ends before it")
+    central = _CENTRAL.unpack_from(directory, start)
+    signature, _, _, _, method, _, _, crc32, stored_nbytes, nbytes, *lengths, disk, _, _, offset = central
+    name_nbytes, extra_nbytes, comment_nbytes = lengths
+    name_stop = name_start + name_nbytes
+    stop = name_stop + extra_nbytes
+    if signature != b"PK\1\2" or disk or comment_nbytes or stop > len(directory):
+        raise _corrupt(where, "it is damaged")
+    extra = _parse_extra(directory[name_stop:stop], where)
+    nbytes, stored_nbytes, offset = _widen((nbytes, stored_nbytes, offset), extra)
+    return _Entry(directory[name_start:name_stop], method, crc32, nbytes, stored_nbytes, offset), central, stop
 
 
 def _parse_torch_record(
@@ -426,11 +431,11 @@ def _parse_any_record(
         raise disagrees
     if flags & _IS_ENCRYPTED:
         raise _unsupported(where, f"{_named(entry)} is encrypted")
-    extra = _parse_extra(body[name_nbytes:], where, _named(entry))
+    extra = _parse_extra(body[name_nbytes:], f"{where}: {_named(entry)}")
     data_offset = entry.offset + _LOCAL.size + len(body)
     data_stop = data_offset + entry.stored_nbytes
     truth = entry.crc32, entry.stored_nbytes, entry.nbytes
-    said = crc32, *reversed(_widen((nbytes, stored_nbytes), extra, where))
+    said = crc32, *reversed(_widen((nbytes, stored_nbytes), extra))
     if not flags & _HAS_DESCRIPTOR:
         if said != truth or data_stop != stop:
             raise disagrees
@@ -443,22 +448,22 @@ def _parse_any_record(
     return data_offset, (data_stop + 4,)
 
 
-def _parse_extra(extra: bytes, where: str, name: str) -> dict[int, bytes]:
+def _parse_extra(extra: bytes, where: str) -> dict[int, bytes]:
     """The extra fields of a header by their number."""
     fields: dict[int, bytes] = {}
     position = 0
     while position < len(extra):
         if position + 4 > len(extra):
-            raise _corrupt(where, f"the extra fields of {name} are damaged")
+            raise _corrupt(where, "its extra fields are damaged")
         number, nbytes = struct.unpack_from("<2H", extra, position)
         position += 4 + nbytes
         if position > len(extra) or number in fields:
-            raise _corrupt(where, f"the extra fields of {name} are damaged")
+            raise _corrupt(where, "its extra fields are damaged")
         fields[number] = extra[position - nbytes : position]
     return fields
 
 
-def _widen(values: tuple[int, ...], extra: dict[int, bytes], where: str) -> tuple[int, ...]:
+def _widen(values: tuple[int, ...], extra: dict[int, bytes]) -> tuple[int, ...]:
     """The values, those that did not fit into 32 bits taken from the zip64 extra field."""
     wide = extra.get(_ZIP64_EXTRA, b"")
     widened, position = [], 0
