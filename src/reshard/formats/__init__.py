@@ -1,0 +1,70 @@
+"""Formats: bytes on disk, one module each, both directions where there are two.
+
+`detect.find` says what a path is; `open_part` reads one part of it with the module of its format; `open_found` puts the
+parts together. A format's `open` reads headers only. A new format is one new file here and its line in `detect`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+from reshard.core.checkpoint import Checkpoint
+from reshard.core.tensor import Tensor
+from reshard.errors import Corrupt
+from reshard.formats.detect import MODEL, OPTIMIZER, Found, Part, find
+
+FORMATS = ("dcp", "rank_files", "dcp_safetensors", "huggingface", "safetensors", "torch_save", "deepspeed")
+
+
+def open_part(part: Part) -> Checkpoint:
+    """The checkpoint of one part."""
+    module = import_module(f"reshard.formats.{part.format}")
+    checkpoint: Checkpoint = module.open(part.path, part.kind) if part.kind else module.open(part.path)
+    return checkpoint
+
+
+def open_found(found: Found, roles: tuple[str, ...] = (MODEL,)) -> Checkpoint:
+    """The parts of these roles as one checkpoint, with the origin of the whole.
+
+    Names of an optimizer part get `optimizer.` in front unless they have it. Raises Corrupt when two parts hold one
+    FQN.
+    """
+    parts = [(part, open_part(part)) for part in found.parts if part.role in roles]
+    first = parts[0][1]
+    origin = replace(first.origin, path=found.root, writer=found.writer, step=found.step)
+    if len(parts) == 1:
+        return replace(first, origin=origin, notices=found.notices + first.notices)
+    tensors: dict[str, Tensor] = {}
+    objects, paths = dict(first.objects), dict(first.paths)
+    for part, checkpoint in parts:
+        located = checkpoint.located()
+        prefix = "optimizer." if part.role == OPTIMIZER and not _is_prefixed(checkpoint) else ""
+        for fqn, tensor in located.tensors.items():
+            if prefix + fqn in tensors:
+                raise Corrupt(f"{prefix + fqn} is in two parts of {found.root}: {part.path} and another")
+            tensors[prefix + fqn] = tensor
+            path = checkpoint.path(fqn)
+            paths[prefix + fqn] = ("optimizer", *path) if prefix else path
+        objects |= {prefix + name: value for name, value in checkpoint.objects.items()}
+    files = tuple(file for _, checkpoint in parts for file in checkpoint.origin.files)
+    notices = found.notices + tuple(n for _, checkpoint in parts for n in checkpoint.notices)
+    return replace(
+        first,
+        tensors=tensors,
+        objects=objects,
+        paths=paths,
+        origin=replace(origin, files=files),
+        notices=notices,
+        locate=None,
+    )
+
+
+def _is_prefixed(checkpoint: Checkpoint) -> bool:
+    return all(str(checkpoint.path(fqn)[0]).startswith("optim") for fqn in checkpoint)
+
+
+def open_path(path: Path, **choices: str | int | None) -> Checkpoint:
+    """What is at a path: `detect.find`, then `open_found`."""
+    return open_found(find(path, **choices))  # type: ignore[arg-type]

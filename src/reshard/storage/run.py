@@ -36,6 +36,10 @@ from reshard.storage.plan import Digest, FilePlan, Plan, Seal, blocks
 BLOCK_NBYTES = 1 << 19
 """Larger blocks fall out of the level-2 cache between reading, checking and writing."""
 
+_FLUSH_NBYTES = 8 << 20
+"""After this many bytes the kernel is told to start writing them: else it waits for a tenth of the memory to be dirty,
+and the flush at the end does all the waiting."""
+
 Progress = Callable[[int, str], None]
 """Called with (bytes done since the last call, FQN), from any thread."""
 
@@ -176,7 +180,7 @@ class _Shared:
 
     def move(self, task: _Task, fd: int | None) -> Digest:
         """Read a tensor block by block, write it when there is somewhere to write, and digest it."""
-        reader, buffer = self._own()
+        reader, buffer, flusher = self._own()
         reader.name = task.name
         hasher, crc, offset = xxhash.xxh3_128(), 0, task.offset
         tensor, storage = task.tensor, task.tensor.dtype.storage
@@ -191,6 +195,7 @@ class _Shared:
                     crc = zlib.crc32(block.data, crc)
                 if fd is not None:
                     _pwrite(fd, block, offset)
+                    flusher.wrote(fd, offset, nbytes)
                 offset += nbytes
                 if self._progress is not None:
                     self._progress(nbytes, task.name)
@@ -198,11 +203,29 @@ class _Shared:
             raise _named(error, task.name) from error
         return Digest(hasher.hexdigest(), crc)
 
-    def _own(self) -> tuple[Reader, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
-        if not hasattr(self._local, "reader"):
-            self._local.reader = Reader(self.files, self.ledger)
-            self._local.buffer = np.empty(self._block_nbytes + 16, np.uint8)
-        return self._local.reader, self._local.buffer
+    def _own(self) -> tuple[Reader, np.ndarray[tuple[int], np.dtype[np.uint8]], _Flusher]:
+        if not hasattr(self._local, "own"):
+            buffer = np.empty(self._block_nbytes + 16, np.uint8)
+            self._local.own = Reader(self.files, self.ledger), buffer, _Flusher()
+        own: tuple[Reader, np.ndarray[tuple[int], np.dtype[np.uint8]], _Flusher] = self._local.own
+        return own
+
+
+class _Flusher:
+    """Has the kernel write back what one thread wrote, a window at a time and without waiting."""
+
+    def __init__(self) -> None:
+        self._fd, self._start, self._stop, self._nbytes = -1, 0, 0, 0
+
+    def wrote(self, fd: int, offset: int, nbytes: int) -> None:
+        if fd != self._fd:
+            self._fd, self._start, self._nbytes = fd, offset, 0
+        self._stop = offset + nbytes
+        self._nbytes += nbytes
+        if self._nbytes >= _FLUSH_NBYTES and hasattr(os, "posix_fadvise"):
+            # dirty pages are queued for writing by this, clean ones dropped
+            os.posix_fadvise(fd, self._start, self._stop - self._start, os.POSIX_FADV_DONTNEED)
+            self._start, self._nbytes = self._stop, 0
 
 
 def _fill(
@@ -360,6 +383,11 @@ def _staged_name(file: FilePlan) -> str:
 def _create(path: Path, nbytes: int) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        os.posix_fallocate(fd, 0, max(nbytes, 1))  # a full disk shows here
+    except (OSError, AttributeError) as error:
+        if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
     os.ftruncate(fd, nbytes)
     return fd
 

@@ -1,0 +1,398 @@
+"""What a path is: from directory listings and file names to the parts of a checkpoint and the formats that read them.
+
+People point at a run, a checkpoint, a shard directory or a file in one. `find` goes up from a file, down through
+numbered checkpoints (the newest complete one, or the step that was asked for) and through directories with one
+recognised child. Nothing but names, sizes and the first bytes of single files is looked at here.
+
+    layout                                                        part               format
+    .metadata, __N.metadata, *.distcp                             model              dcp
+    pytorch_model_fsdp_I/, optimizer_I/ (accelerate, Trainer)     model, optimizer   dcp or rank_files
+    pytorch_ema_model_fsdp_0/ (LMMs-Engine)                       ema                rank_files
+    model_world_size_W_rank_R.pt, pytorch_model_fsdp_I_rankR.bin  model              rank_files
+    pytorch_model_fsdp.bin, optimizer.bin                         model, optimizer   torch_save
+    shard-*-model-*-of-*.safetensors                              model              dcp_safetensors
+    model.safetensors, its index, pytorch_model.bin, its index    model              huggingface
+    adapter_model.safetensors                                     model              huggingface
+    latest + TAG/*_states.pt, zero/*/fp32.pt                      model              deepspeed
+    *.safetensors, *.pt, *.pth, *.bin, *.ckpt                     model              safetensors, torch_save
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reshard.errors import Incomplete, InputError, NotFound, listed
+
+MODEL, OPTIMIZER, EMA, EXTRA = "model", "optimizer", "ema", "extra"
+_DEPTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One piece of a checkpoint that one format reads."""
+
+    role: str
+    """MODEL, OPTIMIZER, EMA or EXTRA."""
+    format: str
+    """The name of a module in this folder."""
+    path: Path
+    kind: str = ""
+    """For formats that keep several sets in one directory: which of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint and all that belongs to it."""
+
+    root: Path
+    """The directory or file that a person would call the checkpoint."""
+    parts: tuple[Part, ...]
+    writer: str
+    """In words, as far as the layout tells."""
+    step: int | None = None
+    companions: tuple[Path, ...] = ()
+    """Directories where config and tokenizer may lie, nearest first."""
+    notices: tuple[str, ...] = ()
+
+    def part(self, role: str) -> Part | None:
+        return next((p for p in self.parts if p.role == role), None)
+
+
+_NUMBERED = re.compile(
+    r"(?:(?P<name>checkpoint|step|dist_epoch|epoch|iter|global_step|ep\d+-ba)[-_]?(?P<step>\d+))(?:\.ckpt)?"
+)
+_LIGHTNING = re.compile(r".*step=(?P<step>\d+).*")
+_RANK_FILE = re.compile(
+    r"(?P<kind>model|optim|optimizer|extra_state|dataloader_state)_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt"
+    r"|pytorch_model_fsdp(?:_\d+)?_rank(?P<accelerate>\d+)\.bin"
+    r"|.+\.rank_(?P<dino>\d+)\.pth"
+)
+_HF_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_MODEL_DIRECTORY = re.compile(r"pytorch_model_fsdp_(\d+)")
+_OPTIMIZER_DIRECTORY = re.compile(r"(optimizer_\d+|optimizer|optim)")
+_WHOLE = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+_SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_PASS_THROUGH = (
+    "weights",
+    "hf_weights",
+    "hf_adapter",
+    "model_and_optim",
+    "actor",
+    "huggingface",
+    "checkpoint",
+    "checkpoints",
+    "model",
+)
+
+
+def find(path: Path, *, step: int | None = None, state_dict_dirname: str | None = None) -> Found:
+    """The checkpoint at a path.
+
+    `step` picks one of several; without it the newest complete one is taken. `state_dict_dirname` names the directory
+    of the model's shards, such as `pytorch_ema_model_fsdp_0`. Raises NotFound, Incomplete, or InputError when several
+    things are there and it is not clear which is meant.
+    """
+    path = Path(os.path.abspath(path))
+    if not path.exists():
+        raise NotFound(f"{path}: no such file or directory")
+    if path.is_file():
+        return _of_file(path)
+    found = _of_directory(path, step, state_dict_dirname, _DEPTH)
+    if found is None:
+        raise _nothing(path, step)
+    if step is not None and found.step is not None and found.step != step:
+        raise NotFound(f"{path} is step {found.step}, not {step}")
+    return replace(found, companions=_companions(found))
+
+
+def numbered(run: Path) -> list[tuple[int, Path]]:
+    """The checkpoints of a run, `checkpoint-500`, `step-20`, ..., by ascending step. Other names do not count."""
+    found = []
+    for name in _names(run):
+        match = _NUMBERED.fullmatch(name) or (_LIGHTNING.fullmatch(name) if name.endswith(".ckpt") else None)
+        if match and (run / name).is_dir():
+            found.append((int(match["step"]), run / name))
+    return sorted(found)
+
+
+# ---------------------------------------------------------------------------------------------------- one directory
+
+
+def _of_file(path: Path) -> Found:
+    name = path.name
+    if (
+        name == ".metadata"
+        or name.endswith((".distcp", ".metadata"))
+        or _RANK_FILE.fullmatch(name)
+        or _HF_SHARD.fullmatch(name)
+    ):
+        return find(path.parent)
+    if name.endswith(".index.json") or re.fullmatch(r"(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)", name):
+        return find(path.parent)
+    if name in (".tmp", ".metadata.tmp"):
+        raise Incomplete(f"{path}: the save did not finish", hint="use an earlier checkpoint")
+    if name.endswith(".safetensors"):
+        return _single(path, "safetensors", "safetensors")
+    return _single(path, "torch_save", "torch.save")
+
+
+def _single(path: Path, format: str, writer: str) -> Found:
+    found = Found(path, (Part(MODEL, format, path),), writer, _step_of(path))
+    return replace(found, companions=(path.parent,))
+
+
+def _of_directory(path: Path, step: int | None, dirname: str | None, depth: int) -> Found | None:
+    """What is in a directory itself, or below it."""
+    names = _names(path)
+    if dirname is not None and dirname in names:
+        return _named_directory(path, dirname)
+    if dirname is None or path.name == dirname:
+        for recognise in (_accelerate, _dcp, _rank_files, _hf_sharded, _full, _whole, _deepspeed):
+            found = recognise(path, names)
+            if found is not None:
+                return found
+    if depth == 0:
+        return None
+    children = numbered(path)
+    if children:
+        return _newest(path, children, step, dirname, depth)
+    return _below(path, names, step, dirname, depth)
+
+
+def _named_directory(path: Path, dirname: str) -> Found:
+    inner = _direct(path / dirname)
+    if inner is None:
+        raise NotFound(f"{path / dirname} holds no shards that are recognised: {listed(_names(path / dirname))}")
+    part = replace(inner.parts[0], role=MODEL)
+    return Found(path, (part, *_optimizers(path)), inner.writer, _step_of(path))
+
+
+def _direct(path: Path) -> Found | None:
+    if not path.is_dir():
+        return None
+    names = _names(path)
+    return next((f for f in (r(path, names) for r in (_dcp, _rank_files, _hf_sharded, _whole)) if f), None)
+
+
+def _accelerate(path: Path, names: Sequence[str]) -> Found | None:
+    models = sorted((int(m[1]), m[0]) for m in map(_MODEL_DIRECTORY.fullmatch, names) if m)
+    models = [(i, n) for i, n in models if (path / n).is_dir()]
+    if not models:
+        return None
+    inner = _direct(path / models[0][1])
+    if inner is None:
+        raise Incomplete(
+            f"{path / models[0][1]} holds no shards: {listed(_names(path / models[0][1])) or 'it is empty'}",
+            hint="the save did not finish; use an earlier checkpoint",
+        )
+    parts = [replace(inner.parts[0], role=MODEL)]
+    notices = []
+    if len(models) > 1:
+        others = listed(n for _, n in models[1:])
+        notices.append(f"{path} holds several models; {models[0][1]} is read, not {others} (--state-dict-dirname)")
+    ema = _direct(path / "pytorch_ema_model_fsdp_0")
+    if ema is not None:
+        parts.append(replace(ema.parts[0], role=EMA))
+    lmms = (path / "extra_state").is_dir() or (path / "dataloader_state").is_dir()
+    trainer = "trainer_state.json" in names
+    writer = "LMMs-Engine (FSDP2)" if lmms else "HF Trainer (FSDP)" if trainer else "accelerate (FSDP)"
+    return Found(path, (*parts, *_optimizers(path)), writer, _step_of(path), notices=tuple(notices))
+
+
+def _optimizers(path: Path) -> Iterator[Part]:
+    for name in _names(path):
+        if _OPTIMIZER_DIRECTORY.fullmatch(name) and (path / name).is_dir():
+            inner = _direct(path / name)
+            if inner is not None:
+                yield replace(inner.parts[0], role=OPTIMIZER)
+        elif re.fullmatch(r"optimizer(_\d+)?\.bin", name):
+            yield Part(OPTIMIZER, "torch_save", path / name)
+
+
+def _dcp(path: Path, names: Sequence[str]) -> Found | None:
+    from reshard.formats import dcp
+
+    if not dcp.matches(frozenset(names)) or any(_MODEL_DIRECTORY.fullmatch(n) for n in names):
+        return None
+    writer = "torch.distributed.checkpoint"
+    if "meta.pt" in names:
+        writer = "Lightning (FSDP)"
+    elif {"common.pt", "metadata.json"} & set(names):
+        writer = "Megatron-Core (torch_dist)"
+    elif re.fullmatch(r"step-\d+", path.name):
+        writer = "torchtitan"
+    elif path.name.startswith("dist_epoch_"):
+        writer = "torchtune"
+    elif _MODEL_DIRECTORY.fullmatch(path.name) or re.fullmatch(r"optimizer_\d+", path.name):
+        writer = "accelerate (FSDP)"
+    return Found(path, (Part(MODEL, "dcp", path),), writer, _step_of(path))
+
+
+def _rank_files(path: Path, names: Sequence[str]) -> Found | None:
+    kinds = {
+        m["kind"] or ("model" if m["accelerate"] or m["dino"] else "") for m in map(_RANK_FILE.fullmatch, names) if m
+    }
+    if not kinds:
+        return None
+    roles = {"model": MODEL, "optim": OPTIMIZER, "optimizer": OPTIMIZER}
+    parts = [Part(roles.get(kind, EXTRA), "rank_files", path, kind) for kind in sorted(kinds)]
+    parts.sort(key=lambda p: (p.role != MODEL, p.role != OPTIMIZER))
+    if not any(p.kind == "model" for p in parts):
+        parts[0] = replace(parts[0], role=MODEL if len(parts) == 1 else parts[0].role)
+    accelerate = any(n.startswith("pytorch_model_fsdp") for n in names)
+    writer = "accelerate (FSDP)" if accelerate else "FSDP, one file a rank (verl's layout)"
+    optimizers = () if any(p.role == OPTIMIZER for p in parts) else tuple(_optimizers(path))
+    return Found(path, (*parts, *optimizers), writer, _step_of(path))
+
+
+def _hf_sharded(path: Path, names: Sequence[str]) -> Found | None:
+    if not any(_HF_SHARD.fullmatch(n) for n in names):
+        return None
+    return Found(path, (Part(MODEL, "dcp_safetensors", path),), "torch HuggingFaceStorageWriter", _step_of(path))
+
+
+def _full(path: Path, names: Sequence[str]) -> Found | None:
+    full = [n for n in names if re.fullmatch(r"pytorch_model_fsdp(_\d+)?\.bin", n)]
+    if not full or "model.safetensors" in names:
+        return None
+    parts = (Part(MODEL, "torch_save", path / full[0]), *_optimizers(path))
+    return Found(path, parts, "FSDP, full state dict", _step_of(path))
+
+
+def _whole(path: Path, names: Sequence[str]) -> Found | None:
+    if not set(_WHOLE) & set(names):
+        return None
+    return Found(path, (Part(MODEL, "huggingface", path),), "HuggingFace", _step_of(path))
+
+
+def _deepspeed(path: Path, names: Sequence[str]) -> Found | None:
+    states = any(n.endswith(("_optim_states.pt", "_model_states.pt", "-model_states.pt")) for n in names)
+    if states or "zero" in names or "latest" in names or "latest_universal" in names:
+        if (
+            not states
+            and "zero" not in names
+            and not any(re.match(r"(global_step\d+|pytorch_model)", n) and (path / n).is_dir() for n in names)
+        ):
+            return None
+        return Found(path, (Part(MODEL, "deepspeed", path),), "DeepSpeed", _step_of(path))
+    return None
+
+
+# -------------------------------------------------------------------------------------------- several directories
+
+
+def _newest(
+    path: Path, children: list[tuple[int, Path]], step: int | None, dirname: str | None, depth: int
+) -> Found | None:
+    """The checkpoint of the step asked for, or the newest that is complete."""
+    if step is not None:
+        wanted = [child for number, child in children if number == step]
+        if not wanted:
+            steps = listed(str(number) for number, _ in children)
+            raise NotFound(f"{path} has no checkpoint of step {step}", hint=f"it has the steps {steps}")
+        found = _of_directory(wanted[0], None, dirname, depth - 1)
+        if found is None:
+            raise _nothing(wanted[0], None)
+        return replace(found, step=step if found.step is None else found.step)
+    skipped: list[str] = []
+    for number, child in reversed(children):
+        try:
+            found = _of_directory(child, None, dirname, depth - 1)
+            if found is None:
+                skipped.append(f"{child.name} (nothing that is recognised in it)")
+                continue
+            _check_complete(found)
+        except InputError as error:
+            skipped.append(f"{child.name} ({error})")
+            continue
+        notices = tuple(f"passed over: {what}" for what in skipped)
+        return replace(found, step=number if found.step is None else found.step, notices=found.notices + notices)
+    raise Incomplete(f"{path}: none of {len(children)} checkpoints is complete: {listed(skipped)}")
+
+
+def _check_complete(found: Found) -> None:
+    """Raise when the model's shards are not all there. Opens headers."""
+    from reshard.formats import open_part
+
+    for part in found.parts:
+        if part.role == MODEL:
+            open_part(part)
+
+
+def _below(path: Path, names: Sequence[str], step: int | None, dirname: str | None, depth: int) -> Found | None:
+    """What is in the one child that is recognised; known names of containers first."""
+    directories = [n for n in names if (path / n).is_dir() and not n.startswith(".")]
+    known = [n for n in _PASS_THROUGH if n in directories]
+    for name in known:
+        found = _of_directory(path / name, step, dirname, depth - 1)
+        if found is not None:
+            extra = () if found.part(OPTIMIZER) else tuple(_optimizers(path))
+            return replace(found, root=path, parts=found.parts + extra, step=found.step or _step_of(path))
+    candidates = []
+    for name in directories:
+        if name in known:
+            continue
+        found = _of_directory(path / name, step, dirname, depth - 1)
+        if found is not None:
+            candidates.append(found)
+    if len(candidates) > 1:
+        raise InputError(
+            f"{path} holds several checkpoints: {listed(str(c.root.relative_to(path)) for c in candidates)}",
+            hint="name the one you mean",
+        )
+    if candidates:
+        return candidates[0]
+    singles = [n for n in names if n.endswith(_SINGLE) and (path / n).is_file()]
+    if len(singles) == 1 and depth == _DEPTH:
+        return _of_file(path / singles[0])
+    if len(singles) > 1 and depth == _DEPTH:
+        raise InputError(f"{path} holds several files: {listed(singles)}", hint="name the one you mean")
+    return None
+
+
+def _nothing(path: Path, step: int | None) -> NotFound:
+    names = _names(path)
+    if ".metadata.tmp" in names:
+        return Incomplete(f"{path}: .metadata.tmp is there and .metadata is not: the save did not finish")  # type: ignore[return-value]
+    what = f"it holds {listed(names)}" if names else "it is empty"
+    return NotFound(
+        f"{path}: no checkpoint that is recognised; {what}",
+        hint="name the directory that holds the shards (with .metadata, *_rank_*.pt or *.safetensors in it)",
+    )
+
+
+def _companions(found: Found) -> tuple[Path, ...]:
+    """Where config and tokenizer may lie, nearest first."""
+    places = [p.path if p.path.is_dir() else p.path.parent for p in found.parts if p.role == MODEL]
+    root = found.root if found.root.is_dir() else found.root.parent
+    places += [root, root / "huggingface", root.parent]
+    if places and places[0] != root:
+        places.insert(1, places[0] / "huggingface")
+        places.insert(2, places[0].parent)
+    return tuple(dict.fromkeys(p for p in places if p.is_dir()))
+
+
+def _step_of(path: Path) -> int | None:
+    for part in (path.name, path.parent.name):
+        match = _NUMBERED.fullmatch(part) or _LIGHTNING.fullmatch(part)
+        if match:
+            return int(match["step"])
+    return None
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be listed: {error.strerror}") from error
