@@ -226,6 +226,8 @@ class _Writer:
         return self._write_global(Global("torch", dtype.name))
 
     def _write_global(self, found: Global) -> Children:
+        if self._protocol >= 3:
+            found = _python_3_name(found)
         number = self._names.get(found)
         if number is not None:
             self._emit(_numbered(b"h", b"j", number))
@@ -283,6 +285,8 @@ class _Writer:
     def _write_inert(self, inert: Inert) -> Children:
         if inert.constructor == "reduce":
             yield from self._call(inert, inert.maker, inert.args)
+        elif inert.constructor == "call":
+            yield from self._call(inert, inert.args[0], inert.args[1:])
         elif inert.kwargs is None:
             yield from self._call(inert, inert.maker, inert.args, b"\x81")
         else:
@@ -387,6 +391,15 @@ _ATOMS: dict[type, Callable[[Any], bytes]] = {
     int: _int,
     float: lambda value: b"G" + struct.pack(">d", value),
 }
+
+
+def _python_3_name(found: Global) -> Global:
+    """Unpicklers translate Python 2's names only below protocol 3, where picklers write them to this day."""
+    if found.module == "copy_reg":
+        return Global("copyreg", found.name)
+    if found.module == "__builtin__":
+        return Global("builtins", {"xrange": "range", "unicode": "str", "long": "int"}.get(found.name, found.name))
+    return found
 
 
 def _name_lines(found: Global) -> bytes:

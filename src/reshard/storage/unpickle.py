@@ -303,7 +303,7 @@ class Inert:
     __slots__ = ("args", "changes", "constructor", "kwargs")
 
     constructor: str
-    """`reduce` (the Global was called), or `newobj` (its `__new__` was)."""
+    """`reduce`: the Global was called. `newobj`: its `__new__` was. `call`: an Inert, the first of `args`, was called."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any] | None
     changes: list[tuple[str, Any]]
@@ -341,6 +341,9 @@ class Inert:
         return f"<Inert {_show(self.maker)}>"
 
     # The unpickler calls what follows.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        return _inert(self.maker, "call", (self, *args), kwargs or None)
 
     def __setstate__(self, state: object) -> None:
         self.changes.append(("build", state))
@@ -732,6 +735,7 @@ _UNDERSTOOD_NAMES = {
     "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
     "uuid": {"UUID", "SafeUUID"},
     "argparse": {"Namespace"},
+    "signal": {"Signals"},
     "types": {"SimpleNamespace"},
     "fractions": {"Fraction"},
     "decimal": {"Decimal"},
@@ -753,6 +757,7 @@ _UNDERSTOOD_PACKAGES = (
     "torch.distributed.device_mesh",
     "torch.distributed.remote_device",
     "torch.distributed.tensor",
+    "megatron.core",
     "omegaconf",
     "typing",
 )
