@@ -1,0 +1,475 @@
+"""transformers' own module names, and the names of the same weights on the hub.
+
+Since release 5 transformers renames and fuses weights while it loads them: the experts of a layer are one tensor, the
+parts of a vision-language model lie under `model.`. Its `save_pretrained` undoes that; a checkpoint of the training
+state dict is not undone and carries module names, which no other loader knows.
+
+    module   model.layers.0.mlp.experts.gate_up_proj  (E, 2I, H)
+    hub      model.layers.0.mlp.experts.{0..E-1}.gate_proj.weight, .up_proj.weight  (I, H) each
+
+A table is rows; a row serves both directions and matches whole names only. `inner` rows are about layers and hold
+wherever the text model lies (`{path}`), `outer` rows about the parts of a composed model; a name goes through one of
+each at most. Names on the hub side match no module side, so a checkpoint with hub names passes unchanged.
+
+Checked against `revert_weight_conversion` of transformers 5.23 on models of every type listed, built from their
+default configs. Vision towers of the CLIP and SigLIP kinds lie in `vision_tower.vision_model.` on the hub.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar
+
+from reshard.core.checkpoint import Checkpoint
+from reshard.core.tensor import Tensor, concat, stack
+from reshard.errors import Incomplete, Mismatch, listed
+
+Config = Mapping[str, Any]
+
+_PLACEHOLDERS = {
+    "path": r"(?:[A-Za-z_]\w*\.)*",
+    "layer": r"\d+",
+    "expert": r"\d+",
+    "rest": r".+",
+    "part": r"embeddings|encoder|pre_layrnorm|post_layernorm|head",
+}
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w+)\}", template)
+    return re.compile("".join(f"(?P<{p}>{_PLACEHOLDERS[p]})" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One tensor, two names."""
+
+    module: str
+    hub: str
+    before: bool = False
+    """Of an older release: taken to the hub's name, never made from it."""
+
+    def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
+        """The hub's tensors that a module's tensor holds, by name."""
+        return {self.hub.format(**at): tensor}
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of a layer: one tensor (E, n * rows, columns) for n matrices (rows, columns) an expert."""
+
+    module: str
+    hub: tuple[str, ...]
+    """With `{expert}`; in the order in which the matrices lie below each other."""
+
+    def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
+        """The matrices of all experts, by name."""
+        if len(tensor.shape) != 3 or tensor.shape[1] % len(self.hub):
+            raise Mismatch(f"{self.module.format(**at)}: shape {list(tensor.shape)} is not that of fused experts")
+        rows = tensor.shape[1] // len(self.hub)
+        return {
+            name.format(**at, expert=e): tensor[e, n * rows : (n + 1) * rows]
+            for n, name in enumerate(self.hub)
+            for e in range(tensor.shape[0])
+        }
+
+
+Row = Rename | Experts
+_R = TypeVar("_R", Rename, Row)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What differs between module and hub for some model types."""
+
+    model_types: tuple[str, ...]
+    inner: tuple[Row, ...] = ()
+    outer: tuple[Rename, ...] = ()
+
+
+def _experts(block: str, moe: str, gate_up: tuple[str, ...], down: str, hub_moe: str = "") -> tuple[Row, ...]:
+    """The two tensors of fused experts in `moe`, a submodule of each layer, under the hub's names of the matrices."""
+    hub = f"{{path}}{block}.{{layer}}.{hub_moe or moe}.experts.{{expert}}"
+    module = f"{{path}}{block}.{{layer}}.{moe}.experts"
+    fused = "gate_up_proj" if len(gate_up) == 2 else "up_proj"
+    return (
+        Experts(f"{module}.{fused}", tuple(f"{hub}.{name}.weight" for name in gate_up)),
+        Experts(f"{module}.down_proj", (f"{hub}.{down}.weight",)),
+    )
+
+
+def _moved(module: str, hub: str) -> Rename:
+    return Rename(f"{{path}}layers.{{layer}}.{module}", f"{{path}}layers.{{layer}}.{hub}")
+
+
+_PLAIN = _experts("layers", "mlp", ("gate_proj", "up_proj"), "down_proj")
+_W123 = _experts("layers", "mlp", ("w1", "w3"), "w2", hub_moe="block_sparse_moe")
+
+
+def _under_model(*parts: str) -> tuple[Rename, ...]:
+    return tuple(Rename(f"model.{part}.{{rest}}", f"{part}.{{rest}}") for part in parts)
+
+
+_LLAVA_TEXT = (
+    Rename("model.language_model.{rest}", "language_model.model.{rest}"),
+    Rename("lm_head.{rest}", "language_model.lm_head.{rest}"),
+)
+_LLAVA = (*_LLAVA_TEXT, *_under_model("multi_modal_projector"), Rename("model.image_newline", "image_newline"))
+_QWEN_VL = (Rename("model.language_model.{rest}", "model.{rest}"), *_under_model("visual"))
+_OMNI = (*_QWEN_VL, *_under_model("audio_tower"))
+_IN_MODEL = tuple(
+    Rename(f"model.{tower}.{{part}}.{{rest}}", f"{tower}.vision_model.{{part}}.{{rest}}")
+    for tower in ("vision_tower", "image_tower", "video_tower")
+) + tuple(
+    Rename(f"model.{tower}.vision_model.{{rest}}", f"{tower}.vision_model.{{rest}}", before=True)
+    for tower in ("vision_tower", "image_tower", "video_tower")
+)
+_TOWERS = _under_model("vision_tower", "image_tower", "video_tower")
+_NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Their modules lost the level `vision_model.` in transformers 5; the hub kept it."""
+_WITH_TOWER = frozenset(
+    """
+    llava llava_next llava_next_video llava_onevision vipllava video_llava paligemma gemma3 aya_vision got_ocr2
+    internvl mistral3 aria pp_chart2table
+    """.split()  # noqa: SIM905
+)
+
+TABLES = (
+    Table(
+        (
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "qwen3_omni_moe_text",
+            "qwen3_omni_moe_thinker",
+            "qwen3_5_moe",
+            "qwen3_5_moe_text",
+            "olmoe",
+            "flex_olmo",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "dots1",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "glm4v_moe",
+            "glm_moe_dsa",
+            "hunyuan_v1_moe",
+            "longcat_flash",
+            "afmoe",
+            "solar_open",
+            "cohere2_moe",
+            "mimo_v2_flash",
+            "flint",
+        ),
+        inner=_PLAIN,
+    ),
+    Table(("mimo_v2_flash",), inner=(_moved("self_attn.sinks", "self_attn.attention_sink_bias"),)),
+    Table(("flint",), inner=(_moved("self_attn.sinks", "self_attn.softmax_offset"),)),
+    Table(
+        ("ernie4_5_moe",),
+        inner=(
+            *_PLAIN,
+            _moved("mlp.gate.moe_statics.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias"),
+        ),
+    ),
+    Table(
+        ("exaone_moe",),
+        inner=(*_PLAIN, _moved("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias")),
+    ),
+    Table(
+        ("mixtral", "minimax"),
+        inner=(*_W123, _moved("mlp.gate.weight", "block_sparse_moe.gate.weight")),
+    ),
+    Table(
+        ("minimax_m2",),
+        inner=(
+            *_W123,
+            _moved("mlp.gate.weight", "block_sparse_moe.gate.weight"),
+            _moved("mlp.e_score_correction_bias", "block_sparse_moe.e_score_correction_bias"),
+        ),
+    ),
+    Table(
+        ("phimoe",),
+        inner=(*_W123, _moved("mlp.router.weight", "block_sparse_moe.gate.weight")),
+    ),
+    Table(("jamba",), inner=_experts("layers", "feed_forward", ("gate_proj", "up_proj"), "down_proj")),
+    Table(("lfm2_moe",), inner=_experts("layers", "feed_forward", ("w1", "w3"), "w2")),
+    Table(
+        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        inner=(
+            _moved("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.input_linear.weight"),
+            _moved("block_sparse_moe.experts.down_proj", "block_sparse_moe.output_linear.weight"),
+            _moved("block_sparse_moe.router.weight", "block_sparse_moe.router.layer.weight"),
+        ),
+    ),
+    Table(
+        ("nemotron_h",),
+        inner=_experts("layers", "mixer", ("up_proj",), "down_proj"),
+        outer=(Rename("model.{rest}", "backbone.{rest}"),),
+    ),
+    Table(
+        ("aria", "aria_text"),
+        inner=(
+            _moved("mlp.experts.gate_up_proj", "mlp.experts.fc1.weight"),
+            _moved("mlp.experts.down_proj", "mlp.experts.fc2.weight"),
+        ),
+    ),
+    Table(("gpt_neox",), outer=(Rename("lm_head.{rest}", "embed_out.{rest}"),)),
+    Table(("qwen2_vl", "qwen2_5_vl"), outer=_QWEN_VL),
+    Table(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), outer=_OMNI),
+    Table(tuple(sorted(_WITH_TOWER)), outer=_LLAVA),
+    Table(
+        ("qwen2_audio", "voxtral", "audioflamingo3"),
+        outer=(*_LLAVA_TEXT, *_under_model("audio_tower", "multi_modal_projector")),
+    ),
+    Table(("granite_speech",), outer=(*_LLAVA_TEXT, *_under_model("encoder", "projector"))),
+    Table(("fuyu",), outer=(*_LLAVA_TEXT, *_under_model("vision_embed_tokens"))),
+    Table(("mllama",), outer=(*_LLAVA_TEXT, *_under_model("vision_model", "multi_modal_projector"))),
+    Table(
+        ("emu3",),
+        outer=(
+            Rename("model.text_model.{rest}", "text_model.model.{rest}"),
+            Rename("lm_head.{rest}", "text_model.lm_head.{rest}"),
+            *_under_model("vqmodel"),
+        ),
+    ),
+    Table(
+        ("paddleocr_vl",),
+        outer=(
+            Rename("model.language_model.{rest}", "model.{rest}"),
+            Rename("model.projector.{rest}", "mlp_AR.{rest}"),
+            *_under_model("visual"),
+        ),
+    ),
+)
+
+TRANSPOSED = ("qwen3_vl_moe", "qwen3_vl_moe_text")
+"""Fused experts on the hub too, the matrices turned: (E, H, 2I) and (E, I, H) for (E, 2I, H) and (E, H, I)."""
+
+FUSED_ON_HUB = ("gpt_oss", "llama4", "llama4_text", *TRANSPOSED)
+"""Model types whose hub names have fused experts."""
+
+NOT_COVERED = frozenset(
+    """
+    axk1 axk2 bailing_hybrid cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_v4 ernie4_5_vl_moe gemma4_unified
+    glm5_next glm5_next_text gte hrm_text hunyuan_vl hy_v3 hy_v4 hyperclovax_vision_v2 inkling2 inkling2_text
+    inkling_mm_model jina_embeddings_v3 kimi_k25 kimi_linear kolibri1 laguna minimax_m3_vl mistral_large4
+    mistral_large4_text molmo2 nemo_speechlm nomic_bert olmo_hybrid pi0 qianfan_ocr qwen2_5_omni qwen3_omni_moe
+    qwen4_exp_text step3p7 unlimited_ocr
+    """.split()  # noqa: SIM905
+)
+"""Language models that transformers 5.23 renames in ways for which there is no table here."""
+
+
+def to_hub(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
+    """The checkpoint under the names that the hub uses, with a notice of what was renamed and split.
+
+    Tensors are views, in the order in which transformers writes them. A checkpoint that has the hub's names already
+    comes back as it is. Model types without a table keep their names; a notice says so where that matters. Raises
+    Mismatch when fused experts have no shape of fused experts, or when two tensors would get one name.
+    """
+    inner, outer = rows(config)
+    tensors, changed, split = _renamed(checkpoint, inner, outer)
+    notices = []
+    if changed or split:
+        notices.append(_counted(_model_type(config), changed, split))
+    if _model_type(config) in TRANSPOSED:
+        tensors, said = _transposed(tensors)
+        notices += said
+    notices += _left(tensors, config, inner, outer)
+    if not notices:
+        return checkpoint
+    return replace(checkpoint, tensors=tensors, paths={}, notices=(*checkpoint.notices, *notices))
+
+
+def to_modules(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
+    """The inverse: hub names as module names, experts fused. Raises Incomplete when an expert is missing."""
+    inner, outer = rows(config)
+    inside = {}
+    for fqn, tensor in checkpoint.tensors.items():
+        renames = (r for r in outer if not r.before)
+        found = next(((r, m) for r in renames if (m := _pattern(r.hub).fullmatch(fqn))), None)
+        name = found[0].module.format(**found[1].groupdict()) if found else fqn
+        inside[name] = tensor
+    tensors = _joined(inside, inner)
+    if _model_type(config) in TRANSPOSED:
+        tensors, _ = _transposed(tensors, to_hub=False)
+    return replace(checkpoint, tensors=tensors, paths={})
+
+
+def rows(config: Config | None) -> tuple[tuple[Row, ...], tuple[Rename, ...]]:
+    """The rows for a model: inner ones by its type and its text part's, outer ones by its type."""
+    if config is None:
+        return (), ()
+    types = {_model_type(config), *(_model_type(config.get(k)) for k in ("text_config", "llm_config"))}
+    inner = dict.fromkeys(row for table in TABLES if types & set(table.model_types) for row in table.inner)
+    outer = dict.fromkeys(r for table in TABLES if _model_type(config) in table.model_types for r in table.outer)
+    if _model_type(config) in _WITH_TOWER:
+        nested = _model_type(config.get("vision_config")) in _NESTED_TOWERS
+        outer |= dict.fromkeys(_IN_MODEL if nested else _TOWERS)
+    return tuple(inner), tuple(outer)
+
+
+def _model_type(config: Any) -> str:
+    kind = config.get("model_type") if isinstance(config, Mapping) else None
+    return kind if isinstance(kind, str) else ""
+
+
+def _renamed(
+    checkpoint: Checkpoint, inner: Iterable[Row], outer: Iterable[Rename]
+) -> tuple[dict[str, Tensor], list[tuple[str, str]], list[tuple[str, int]]]:
+    tensors: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    changed, split = [], []
+    in_order = sorted(checkpoint.tensors, key=natural) if (inner or outer) else checkpoint.tensors
+    for fqn in in_order:
+        parts = _split(fqn, checkpoint.tensors[fqn], inner, outer)
+        if len(parts) > 1:
+            split.append((fqn, len(parts)))
+        elif fqn not in parts:
+            changed.append((fqn, next(iter(parts))))
+        for name, tensor in parts.items():
+            if name in tensors:
+                raise Mismatch(f"{checkpoint.origin.path}: {origin[name]} and {fqn} are both {name} on the hub")
+            tensors[name], origin[name] = tensor, fqn
+    if not changed and not split:
+        return dict(checkpoint.tensors), [], []
+    return tensors, changed, split
+
+
+def _split(fqn: str, tensor: Tensor, inner: Iterable[Row], outer: Iterable[Rename]) -> dict[str, Tensor]:
+    parts = {fqn: tensor}
+    for row, at in _matching(fqn, inner):
+        parts = row.split(tensor, at)
+    return {_outer_name(name, outer): part for name, part in parts.items()}
+
+
+def _outer_name(fqn: str, outer: Iterable[Rename]) -> str:
+    return next((row.hub.format(**at) for row, at in _matching(fqn, outer)), fqn)
+
+
+def _matching(fqn: str, rows: Iterable[_R]) -> Iterator[tuple[_R, dict[str, str]]]:
+    for row in rows:
+        match = _pattern(row.module).fullmatch(fqn)
+        if match:
+            yield row, match.groupdict()
+            return
+
+
+def natural(fqn: str) -> list[tuple[int, int, str, int]]:
+    """A sort key, numbers by value: the order in which transformers writes weights that it converts."""
+    return [_segment(part) for part in fqn.split(".")]
+
+
+def _segment(part: str) -> tuple[int, int, str, int]:
+    if part.isdecimal():
+        return 0, int(part), "", -1
+    text = part.rstrip("0123456789")
+    return 1, 0, text, int(part[len(text) :] or -1)
+
+
+def _joined(tensors: Mapping[str, Tensor], inner: Iterable[Row]) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    fused: dict[str, tuple[Experts, dict[tuple[int, int], Tensor]]] = {}
+    for fqn, tensor in tensors.items():
+        row, slot, at = _hub_row(fqn, inner)
+        if isinstance(row, Rename):
+            result[row.module.format(**at)] = tensor
+        elif isinstance(row, Experts):
+            expert = int(at.pop("expert"))
+            fused.setdefault(row.module.format(**at), (row, {}))[1][expert, slot] = tensor
+        else:
+            result[fqn] = tensor
+    for name, (row, parts) in fused.items():
+        num_experts = 1 + max(expert for expert, _ in parts)
+        wanted = [(e, slot) for e in range(num_experts) for slot in range(len(row.hub))]
+        if len(parts) != len(wanted):
+            raise Incomplete(f"{name}: {len(wanted) - len(parts)} of {len(wanted)} matrices of its experts are missing")
+        slots = range(len(row.hub))
+        result[name] = stack([concat([parts[e, slot] for slot in slots], 0) for e in range(num_experts)])
+    return result
+
+
+def _hub_row(fqn: str, inner: Iterable[Row]) -> tuple[Row | None, int, dict[str, str]]:
+    for row in inner:
+        for slot, name in enumerate(row.hub if isinstance(row, Experts) else (row.hub,)):
+            match = _pattern(name).fullmatch(fqn)
+            if match:
+                return row, slot, match.groupdict()
+    return None, 0, {}
+
+
+_FUSED = re.compile(r"(?P<path>(?:.+\.)?experts)\.(?:gate_up_proj|up_proj|down_proj)")
+
+
+def _transposed(tensors: Mapping[str, Tensor], to_hub: bool = True) -> tuple[dict[str, Tensor], list[str]]:
+    """Fused experts with matrices the hub's way round (or the module's).
+
+    Which way they are is seen on both tensors of a layer together: gate_up (E, 2I, H) with down (E, H, I) is the
+    module's, (E, H, 2I) with (E, I, H) the hub's. A square one is read by transformers as it is, so it stays.
+    """
+    result = dict(tensors)
+    turned, square = 0, []
+    for fqn in tensors:
+        if not fqn.endswith(".experts.gate_up_proj"):
+            continue
+        other = fqn.removesuffix("gate_up_proj") + "down_proj"
+        pair = [tensors[name] for name in (fqn, other) if name in tensors and len(tensors[name].shape) == 3]
+        if len(pair) != 2:
+            continue
+        (_, a, b), (_, c, d) = pair[0].shape, pair[1].shape
+        is_module = a == 2 * d and b == c
+        if is_module != to_hub:
+            continue
+        if a == b or c == d:
+            square.append(fqn)
+            continue
+        result[fqn], result[other] = pair[0].permute(0, 2, 1), pair[1].permute(0, 2, 1)
+        turned += 2
+    said = [f"{turned} tensors of fused experts turned to (E, in, out), as on the hub"] if turned else []
+    if square and to_hub:
+        said.append(f"square experts keep (E, out, in), which transformers 5 reads as it is: {listed(square, 3)}")
+    return result, said
+
+
+def _counted(model_type: str, changed: list[tuple[str, str]], split: list[tuple[str, int]]) -> str:
+    said = []
+    if changed:
+        said.append(f"{len(changed)} renamed (such as {changed[0][0]} -> {changed[0][1]})")
+    if split:
+        parts = sum(n for _, n in split)
+        said.append(f"{len(split)} fused tensors split into {parts} of single experts (such as {split[0][0]})")
+    return f"module names of transformers 5 to the hub's names of {model_type}: {', '.join(said)}"
+
+
+def _left(
+    tensors: Mapping[str, Tensor], config: Config | None, inner: tuple[Row, ...], outer: tuple[Rename, ...]
+) -> list[str]:
+    """What may still have names that only transformers 5 knows."""
+    model_type = _model_type(config)
+    if model_type in NOT_COVERED:
+        known = f"transformers 5 renames weights of {model_type}, for which there is no table here"
+        return [f"{known}: names are written as they are, and other loaders may not know them"]
+    notices = []
+    types = {model_type, _model_type((config or {}).get("text_config"))}
+    fused = [] if types & set(FUSED_ON_HUB) else [fqn for fqn, t in tensors.items() if _is_fused(fqn, t)]
+    if fused:
+        kind = f"model type {model_type}" if model_type else "a model without a config"
+        notices.append(f"fused experts are kept, as there is no table for {kind}: {listed(fused, 3)}")
+    if any(row.module.startswith("model.") for row in outer):
+        hub = [_pattern(row.hub) for row in outer]
+        strange = [fqn for fqn in tensors if not any(p.fullmatch(fqn) for p in hub) and fqn != "lm_head.weight"]
+        if strange:
+            notices.append(
+                f"names that are neither module nor hub names of {model_type} are kept: {listed(strange, 3)}"
+            )
+    return notices
+
+
+def _is_fused(fqn: str, tensor: Tensor) -> bool:
+    return len(tensor.shape) == 3 and bool(_FUSED.fullmatch(fqn))
