@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -40,6 +41,7 @@ _FLUSH_NBYTES = 8 << 20
 """After this many bytes the kernel is told to start writing them: else it waits for a tenth of the memory to be dirty,
 and the flush at the end does all the waiting."""
 
+T = TypeVar("T")
 Progress = Callable[[int, str], None]
 """Called with (bytes done since the last call, FQN), from any thread."""
 
@@ -115,7 +117,7 @@ def run(
     with _staged(final) as staging:
         journal = _Journal(staging, _fingerprint(plan, stamp))
         try:
-            result = _fill(plan, staging / "files", journal, threads or default_threads(), block_nbytes, progress)
+            result = _fill(plan, staging / "files", journal, threads, block_nbytes, progress)
             if _source_stamp(plan) != stamp:
                 raise Mismatch(
                     f"the source of {destination} changed while it was read",
@@ -151,7 +153,7 @@ def digest(
     def work(task: _Task) -> None:
         digests[task.file.path, task.index] = shared.move(task, None)
 
-    _each(_tasks(plan), work, threads or default_threads())
+    in_threads(_tasks(plan), work, threads)
     shared.ledger.settle(shared.files)
     return digests
 
@@ -229,7 +231,7 @@ class _Flusher:
 
 
 def _fill(
-    plan: Plan, folder: Path, journal: _Journal, threads: int, block_nbytes: int, progress: Progress | None
+    plan: Plan, folder: Path, journal: _Journal, threads: int | None, block_nbytes: int, progress: Progress | None
 ) -> tuple[dict[tuple[str, int], Digest], int, int]:
     shared = _Shared(progress, block_nbytes)
     fds = {file.path: _create(folder / _staged_name(file), file.nbytes) for file in plan.files}
@@ -251,7 +253,7 @@ def _fill(
             digests[task.file.path, task.index] = done
             journal.note(task.file.path, task.index, done)
 
-        _each(todo, work, threads)
+        in_threads(todo, work, threads)
         shared.ledger.settle(shared.files)
         _seal(plan, fds, digests)
         for fd in fds.values():
@@ -279,8 +281,9 @@ def _seal(plan: Plan, fds: Mapping[str, int], digests: dict[tuple[str, int], Dig
                 digests[file.path, index] = Digest(xxhash.xxh3_128_hexdigest(data), zlib.crc32(data))
 
 
-def _each(tasks: Sequence[_Task], work: Callable[[_Task], None], threads: int) -> None:
-    """Do all tasks in a few threads; the first error stops the others and is raised."""
+def in_threads(tasks: Sequence[T], work: Callable[[T], None], threads: int | None = None) -> None:
+    """Do all tasks in a few threads, in their order; the first error stops the others and is raised."""
+    threads = threads or default_threads()
     if threads == 1 or len(tasks) < 2:
         for task in tasks:
             work(task)

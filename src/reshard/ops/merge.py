@@ -1,0 +1,324 @@
+"""merge: shards in, a proven whole model out.
+
+    find -> open -> the model's tensors under its own names -> hub names, ties, dtype -> plan -> run -> manifest
+
+`prepare` is all of it up to the plan, which `verify --against` takes too; `merge` carries the plan out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from reshard.core.checkpoint import Checkpoint
+from reshard.core.compute import cast
+from reshard.core.dtypes import dtype
+from reshard.core.tensor import Tensor, leaves
+from reshard.errors import NotFound, OutputError, listed
+from reshard.formats import open_found
+from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find
+from reshard.ops import names
+from reshard.storage import manifest
+from reshard.storage.plan import Plan
+from reshard.storage.run import Progress, Result, run
+from reshard.version import __version__
+
+What = Literal["model", "optimizer", "all"]
+Kind = Literal["huggingface", "safetensors", "torch_save"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a merge does besides merging. The defaults change nothing of the weights."""
+
+    what: What = "model"
+    dtype: str | None = None
+    """Of floating-point tensors; None keeps each as it is."""
+    max_shard_size: str | None = None
+    """Of the files of a HuggingFace directory, such as `5GB`."""
+    base: str | None = None
+    """A model directory or hub id: config and tokenizer come from there when the checkpoint has none."""
+    include: tuple[str, ...] = ()
+    """FQN globs; only these tensors. Empty takes all."""
+    exclude: tuple[str, ...] = ()
+    """FQN globs; not these."""
+    keep_names: bool = False
+    """Every FQN as stored: no containers off, no hub names, no ties."""
+    step: int | None = None
+    state_dict_dirname: str | None = None
+    cfg_key: str | None = None
+    """Where the config is in Lightning's meta.pt, for `.ckpt` outputs."""
+    save_tokenizer: bool = True
+
+    def record(self) -> dict[str, Any]:
+        """What differs from the defaults, for the manifest."""
+        default = Options()
+        changed = {
+            name: getattr(self, name) for name in self.__slots__ if getattr(self, name) != getattr(default, name)
+        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Options:
+        """The options that a manifest holds."""
+        return msgspec.convert(record, cls)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A merge that is ready to be carried out: nothing is written yet, and every header has been checked."""
+
+    found: Found
+    opened: Checkpoint
+    """All that was read."""
+    checkpoint: Checkpoint
+    """All that is written."""
+    plan: Plan
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge did."""
+
+    output: Path
+    source: Path
+    format: str
+    step: int | None
+    num_tensors: int
+    nbytes: int
+    read_nbytes: int
+    num_checked: int
+    """Records of the shards whose CRC-32 was confirmed."""
+    kept_nbytes: int
+    """Taken over from an interrupted run."""
+    seconds: float
+    notices: tuple[str, ...]
+    removed: tuple[Path, ...] = ()
+    """Shards that were removed afterwards."""
+
+
+def merge(
+    source: str | Path,
+    output: str | Path,
+    *,
+    force: bool = False,
+    remove_shards: bool = False,
+    threads: int | None = None,
+    block_nbytes: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Merged:
+    """Merge the checkpoint at `source` into `output` and prove it.
+
+    The suffix of `output` says what is written: `.safetensors`, `.ckpt`, `.pt`, `.pth` or `.bin` a file, anything else
+    a HuggingFace directory. `options` are the fields of `Options`. Raises InputError before anything is written when
+    the source is incomplete or damaged as far as headers tell; whatever is raised later leaves no output.
+    """
+    prepared = prepare(Path(source), Path(output), Options(**options))
+    return carry_out(
+        prepared, Path(output), force=force, remove_shards=remove_shards, threads=threads,
+        block_nbytes=block_nbytes, progress=progress,
+    )  # fmt: skip
+
+
+def prepare(source: Path, output: Path, options: Options) -> Prepared:
+    """Everything up to the plan, from headers alone."""
+    roles = {"model": (MODEL,), "optimizer": (OPTIMIZER, MODEL), "all": (MODEL, OPTIMIZER, EMA, EXTRA)}[options.what]
+    found = find(source, step=options.step, state_dict_dirname=options.state_dict_dirname)
+    opened = open_found(found, roles)
+    config, assets, notices = _companions(found, opened, options)
+    opened = replace(opened, config=config, assets=assets)
+    checkpoint = _chosen(opened, options)
+    kind = kind_of(output)
+    if options.what == "model" and not options.keep_names and kind != "torch_save":
+        checkpoint = _as_huggingface(checkpoint)
+    if options.dtype is not None:
+        to = dtype(options.dtype)
+        checkpoint = replace(checkpoint, tensors={n: cast(t, to) for n, t in checkpoint.tensors.items()})
+    if not checkpoint.tensors:
+        raise NotFound(f"{found.root}: no tensor is left to write", hint="see `reshard inspect` for the names")
+    checkpoint = replace(checkpoint, notices=checkpoint.notices + notices)
+    return planned(found, opened, checkpoint, output, options)
+
+
+def planned(found: Found, opened: Checkpoint, checkpoint: Checkpoint, output: Path, options: Options) -> Prepared:
+    """The plan of a checkpoint that has its final tensors."""
+    kind = kind_of(output)
+    checkpoint, plan = _plan(found, checkpoint, kind, options)
+    origin = checkpoint.origin
+    source_facts = {
+        "path": str(origin.path), "format": origin.format, "writer": origin.writer, "step": origin.step,
+        "files": [str(f.relative_to(origin.path) if f.is_relative_to(origin.path) else f) for f in origin.files],
+    }  # fmt: skip
+    facts = {"source": source_facts, "options": options.record(), "output": kind}
+    plan = manifest.with_manifest(replace(plan, facts=facts), __version__)
+    return Prepared(found, opened, checkpoint, plan, checkpoint.notices)
+
+
+def carry_out(
+    prepared: Prepared,
+    output: Path,
+    *,
+    force: bool = False,
+    remove_shards: bool = False,
+    threads: int | None = None,
+    block_nbytes: int | None = None,
+    progress: Progress | None = None,
+) -> Merged:
+    """Write what was prepared; remove the shards afterwards, when that was asked for and all is proven."""
+    if remove_shards:
+        _check_removable(prepared)
+    more = {} if block_nbytes is None else {"block_nbytes": block_nbytes}
+    result = run(prepared.plan, output, threads=threads, force=force, progress=progress, **more)
+    removed = _remove_shards(prepared, output, threads) if remove_shards else ()
+    return _merged(prepared, result, removed)
+
+
+def kind_of(output: Path) -> Kind:
+    """What is written to an output of this name."""
+    suffix = output.suffix.lower()
+    if suffix == ".safetensors":
+        return "safetensors"
+    return "torch_save" if suffix in (".ckpt", ".pt", ".pth", ".bin") else "huggingface"
+
+
+# ------------------------------------------------------------------------------------------------- before the plan
+
+
+def _companions(
+    found: Found, opened: Checkpoint, options: Options
+) -> tuple[Mapping[str, Any] | None, dict[str, Tensor], tuple[str, ...]]:
+    """Config and files to carry: beside the checkpoint first, then from --base."""
+    from reshard.formats import huggingface
+    from reshard.storage import hub
+
+    config, assets = opened.config, dict(opened.assets)
+    places = list(found.companions)
+    if options.base is not None:
+        places.append(hub.resolve(options.base))
+    for place in places:
+        other, files = huggingface.companions(place)
+        config = other if config is None else config
+        assets = files | assets
+    if options.base is not None and config is None:
+        raise NotFound(f"{options.base} has no config.json")
+    if not options.save_tokenizer:
+        assets = {name: tensor for name, tensor in assets.items() if not huggingface.is_tokenizer(name)}
+    return config, assets, ()
+
+
+def _chosen(opened: Checkpoint, options: Options) -> Checkpoint:
+    """The tensors that were asked for, located, under the names they will be worked on."""
+    if options.keep_names or options.what != "model":
+        checkpoint = names.optimizer_only(opened) if options.what == "optimizer" else opened
+        if options.keep_names and options.what == "model":
+            checkpoint = opened.select(_stored_names(opened))
+        return names.unwrapped(_filtered(checkpoint, options).located())
+    return _filtered(names.unwrapped(names.model_only(opened)), options)
+
+
+def _stored_names(opened: Checkpoint) -> list[str]:
+    """The model's tensors by the names that the checkpoint has for them."""
+    model = {id(tensor) for tensor in names.model_only(replace(opened, locate=None)).tensors.values()}
+    return [fqn for fqn, tensor in opened.tensors.items() if id(tensor) in model]
+
+
+def _filtered(checkpoint: Checkpoint, options: Options) -> Checkpoint:
+    chosen = list(checkpoint)
+    for patterns, wanted in ((options.include, True), (options.exclude, False)):
+        unused = [p for p in patterns if not any(fnmatchcase(fqn, p) for fqn in checkpoint)]
+        if unused:
+            raise NotFound(f"no FQN matches {listed(unused)}", hint=f"the first FQNs are {listed(checkpoint, 4)}")
+        if patterns:
+            chosen = [fqn for fqn in chosen if any(fnmatchcase(fqn, p) for p in patterns) is wanted]
+    return checkpoint.select(chosen) if len(chosen) < len(checkpoint) else checkpoint
+
+
+def _as_huggingface(checkpoint: Checkpoint) -> Checkpoint:
+    """Hub names, ties written once, and the config as training left it."""
+    from reshard.dialects import transformers
+    from reshard.ops.tie import tie
+
+    config = checkpoint.config
+    checkpoint = names.without_attribute(names.without_ddp(checkpoint), config)
+    if config is None:
+        return checkpoint
+    return tie(transformers.to_hub(checkpoint, config), config)
+
+
+def _plan(found: Found, checkpoint: Checkpoint, kind: Kind, options: Options) -> tuple[Checkpoint, Plan]:
+    from reshard.formats import huggingface, safetensors
+    from reshard.ops.config import reconcile
+
+    if kind == "torch_save":
+        return _plan_torch_save(found, checkpoint, options)
+    if kind == "safetensors":
+        return checkpoint, Plan((safetensors.plan_file("", checkpoint.tensors, {"format": "pt"}),))
+    if checkpoint.config is not None and options.what == "model":
+        config, changes = reconcile(checkpoint.config, checkpoint.tensors)
+        notices = checkpoint.notices + tuple(f"config.json: {change}" for change in changes)
+        checkpoint = replace(checkpoint, config=config, notices=notices)
+    size = options.max_shard_size
+    limit = huggingface.MAX_SHARD_NBYTES if size is None else huggingface.parse_size(size)
+    return checkpoint, huggingface.plan(checkpoint, max_shard_nbytes=limit)
+
+
+def _plan_torch_save(found: Found, checkpoint: Checkpoint, options: Options) -> tuple[Checkpoint, Plan]:
+    """`{"state_dict": ..., "cfg": ...}` for a checkpoint with Lightning's meta.pt, else the state dict alone."""
+    from reshard.formats import torch_save
+
+    return torch_save.planned(found.root, checkpoint, options.cfg_key)
+
+
+# -------------------------------------------------------------------------------------------------- after the run
+
+
+def _check_removable(prepared: Prepared) -> None:
+    """Raise OutputError when the shards hold anything that nothing of the output is made of."""
+    used = {id(leaf.extent) for tensor in prepared.checkpoint.tensors.values() for leaf in leaves(tensor)}
+    stored = prepared.opened.located().tensors.items()
+    left = [fqn for fqn, t in stored if t.size and not any(id(leaf.extent) in used for leaf in leaves(t))]
+    left += prepared.opened.objects
+    if left:
+        raise OutputError(
+            f"{prepared.found.root}: --remove-shards would lose what is not in the output: {listed(left)}",
+            hint="take --all, or remove the shards yourself",
+        )
+
+
+def _remove_shards(prepared: Prepared, output: Path, threads: int | None) -> tuple[Path, ...]:
+    """Remove the shards once the output, read again, is what its manifest says."""
+    verified = manifest.verify(output, threads)
+    if verified.problems:
+        raise OutputError(f"{output}: {listed(verified.problems)}", hint="the shards were kept")
+    files = prepared.checkpoint.origin.files
+    for file in files:
+        file.unlink()
+    for directory in sorted({f.parent for f in files}, key=lambda p: -len(p.parts)):
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+    return files
+
+
+def _merged(prepared: Prepared, result: Result, removed: Sequence[Path]) -> Merged:
+    origin = prepared.checkpoint.origin
+    return Merged(
+        result.destination, origin.path, origin.format, origin.step, result.num_tensors, result.nbytes,
+        prepared.plan.read_nbytes(), result.num_checked, result.kept_nbytes, result.seconds, prepared.notices,
+        tuple(removed),
+    )  # fmt: skip
+
+
+def default_output(source: Path) -> Path:
+    """Where a merge goes when no output is named: beside the checkpoint, under a name no trainer takes for its own."""
+    source = source.resolve()
+    return source.parent / f"merged-{source.name}"
+
+
+__all__ = ["Merged", "Options", "Prepared", "carry_out", "default_output", "kind_of", "merge", "prepare"]

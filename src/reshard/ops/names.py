@@ -1,0 +1,154 @@
+"""Which tensors of a checkpoint are the model, and what the model itself calls them.
+
+Trainers put the model's state dict somewhere into a larger one: `{"model": ..., "optimizer": ...}`, `{"app": {"model":
+...}}`, or beside the rest at the top level. Paths tell where the model's own names begin, because names contain dots:
+`("model", "model.layers.0.weight")` is `model.layers.0.weight` in the container `model`.
+
+Wrappers leave segments inside names: FSDP1 `_fsdp_wrapped_module`, activation checkpointing
+`_checkpoint_wrapped_module`, torch.compile `_orig_mod`, DDP and DeepSpeed a leading `module`. torch does not count the
+first three as part of an FQN.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from reshard.core.checkpoint import Checkpoint, KeyPath
+from reshard.errors import Mismatch, NotFound, listed
+
+_CONTAINERS = ("model", "state_dict", "module", "model_state_dict", "model_states", "weights", "app", "state")
+"""What holds the model where a state dict holds more than it, best first."""
+_NOT_THE_MODEL = re.compile(
+    r"(optim|optimizers?|optimizer_states?)(_\d+)?|(lr_)?schedulers?(_\d+)?|dataloaders?(_\w+)?|train_state|trainer(_\w+)?"
+    r"|extra_state|rng(_\w+)?|random_states?(_\d+)?|ema(_\w+)?|epoch|step|global_step|iteration|callbacks|loops|args"
+)
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+def model_only(checkpoint: Checkpoint) -> Checkpoint:
+    """The model's tensors, located, under the model's own names: containers taken off by path; a notice lists them.
+
+    Raises NotFound when everything in the checkpoint is an optimizer's or a trainer's.
+    """
+    paths = {fqn: checkpoint.path(fqn) for fqn in checkpoint}
+    containers: list[str] = []
+    while True:
+        roots = Counter(str(path[0]) for path in paths.values())
+        inside = {root for root in roots if any(len(p) > 1 and str(p[0]) == root for p in paths.values())}
+        named = next((c for c in _CONTAINERS if c in inside), None)
+        if named is None or (len(roots) > 1 and not _others_are_no_model(roots, named)):
+            break
+        paths = {fqn: path[1:] for fqn, path in paths.items() if str(path[0]) == named and len(path) > 1}
+        containers.append(named)
+    paths = {fqn: path for fqn, path in paths.items() if not _belongs_elsewhere(path)}
+    if checkpoint.tensors and not paths:
+        raise NotFound(
+            f"{checkpoint.origin.path}: no model in it, only {listed(_roots(checkpoint))}",
+            hint="--optimizer takes the optimizer, --all everything",
+        )
+    renamed = _renamed(
+        checkpoint.select(paths).located(), {fqn: ".".join(map(str, path)) for fqn, path in paths.items()}
+    )
+    renamed = replace(renamed, paths={})
+    notices = []
+    if containers:
+        notices.append(f"the model is under {'.'.join(containers)!r}")
+    left = [root for root in _roots(checkpoint) if root not in containers and _NOT_THE_MODEL.fullmatch(root)]
+    if left:
+        notices.append(f"left out: {listed(left)}")
+    return replace(renamed, notices=renamed.notices + tuple(notices))
+
+
+def optimizer_only(checkpoint: Checkpoint) -> Checkpoint:
+    """The optimizer's tensors, under their full names. Raises NotFound when there are none."""
+    chosen = [
+        fqn for fqn in checkpoint if any(re.fullmatch(r"optim\w*", str(part)) for part in checkpoint.path(fqn)[:-1])
+    ]
+    if not chosen:
+        raise NotFound(f"{checkpoint.origin.path}: no optimizer in it, only {listed(_roots(checkpoint))}")
+    return checkpoint.select(chosen)
+
+
+def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    """The same under FQNs as torch counts them, without the segments that wrappers add; a notice lists those.
+
+    Raises Mismatch when two tensors would get one name.
+    """
+    return _without(checkpoint, lambda parts: [p for p in parts if p not in _WRAPPERS], ", ".join(_WRAPPERS))
+
+
+def without_ddp(checkpoint: Checkpoint) -> Checkpoint:
+    """The same without a leading `module.`, where every name has it."""
+    if not all(fqn.startswith("module.") for fqn in checkpoint):
+        return checkpoint
+    return _without(checkpoint, lambda parts: parts[1:], "module")
+
+
+def without_attribute(checkpoint: Checkpoint, config: Mapping[str, object] | None) -> Checkpoint:
+    """The same without the attribute that holds the model in a LightningModule, as in `llm.model.layers.0...`.
+
+    Only with a config, and only when the names are a HuggingFace model's without that first segment and not with it.
+    """
+    if config is None or not checkpoint.tensors:
+        return checkpoint
+    while not any(_looks_like_huggingface(fqn) for fqn in checkpoint):
+        first = {fqn.partition(".")[0] for fqn in checkpoint}
+        if len(first) != 1 or not any("." in fqn for fqn in checkpoint):
+            return checkpoint
+        shorter = [fqn.partition(".")[2] for fqn in checkpoint]
+        if not any(_looks_like_huggingface(fqn) or _looks_like_huggingface(fqn.partition(".")[2]) for fqn in shorter):
+            return checkpoint
+        checkpoint = _without(checkpoint, lambda parts: parts[1:], first.pop())
+    return checkpoint
+
+
+def _looks_like_huggingface(fqn: str) -> bool:
+    return fqn in (
+        "model.embed_tokens.weight",
+        "transformer.wte.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ) or bool(re.match(r"(model|transformer|model\.language_model|language_model\.model)\.(layers|h)\.0\.", fqn))
+
+
+def _without(checkpoint: Checkpoint, shorten: Callable[[list[str]], list[str]], what: str) -> Checkpoint:
+    names = {fqn: ".".join(shorten(fqn.split("."))) for fqn in checkpoint}
+    changed = sum(fqn != name for fqn, name in names.items())
+    if not changed:
+        return checkpoint
+    removed = sorted({p for fqn in names for p in fqn.split(".")} - {p for n in names.values() for p in n.split(".")})
+    renamed = _renamed(checkpoint, names)
+    return replace(renamed, notices=(*renamed.notices, f"taken off {changed} names: {listed(removed) or what}"))
+
+
+def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        both = listed((f"{a} and {b}" for a, b in (_pair(names, name) for name in twice)), 5)
+        raise Mismatch(f"{checkpoint.origin.path}: several tensors would get one name: {both}", hint="--keep-names")
+    return replace(
+        checkpoint,
+        tensors={new: checkpoint.tensors[old] for old, new in names.items()},
+        paths={new: checkpoint.path(old) for old, new in names.items()},
+    )
+
+
+def _pair(names: Mapping[str, str], name: str) -> tuple[str, str]:
+    first, second, *_ = [old for old, new in names.items() if new == name]
+    return first, second
+
+
+def _others_are_no_model(roots: Counter[str], named: str) -> bool:
+    """Whether `named` is the model's container: no module is called so, or the rest is known to be no model."""
+    return named != "module" or all(_NOT_THE_MODEL.fullmatch(root) for root in roots if root != named)
+
+
+def _belongs_elsewhere(path: KeyPath) -> bool:
+    return len(path) > 1 and bool(_NOT_THE_MODEL.fullmatch(str(path[0])))
+
+
+def _roots(checkpoint: Checkpoint) -> list[str]:
+    return list(dict.fromkeys(str(checkpoint.path(fqn)[0]) for fqn in checkpoint))
