@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -449,21 +449,26 @@ class _Entries:
             raise Corrupt(f"{blob.path}: the safetensors header at byte {offset} does not list it")
         return blob.tensors[name]
 
-    def _object(self, name: str, piece: _Piece) -> Any:
+    def entry(self, piece: _Piece) -> tuple[str, Entry]:
+        """(`FILE at byte N`, the archive there) of an object."""
         path, start, nbytes = str(self.path / piece.file), piece.offset, piece.nbytes
         if piece.transforms:
             (path, nbytes), start = self._decompressed(piece, SMALL_NBYTES), 0
         read = partial(self.files.pread, path)
         (entry,) = self._reader.locate(read, self.files.nbytes(path), [(start, nbytes)], path)
-        value = load(entry.framing.payload, where=f"{path} at byte {start}")
+        return f"{path} at byte {start}", entry
+
+    def _object(self, name: str, piece: _Piece) -> Any:
+        where, entry = self.entry(piece)
+        value = load(entry.framing.payload, where=where)
         if entry.framing.storages:
-            extents = _storage_extents(path, entry)
+            extents = _storage_extents(where.rpartition(" at byte ")[0], entry)
             for keys, leaf in walk(value, self.index.paths.get(name, (name,))):
                 if isinstance(leaf, TensorRef):
                     extent = extents.get(leaf.storage.key)
                     if extent is None:
-                        raise Corrupt(f"{path} at byte {start}: no storage {leaf.storage.key!r} in the archive")
-                    check_storage(leaf.storage, extent.nbytes, f"{path} at byte {start}")
+                        raise Corrupt(f"{where}: no storage {leaf.storage.key!r} in the archive")
+                    check_storage(leaf.storage, extent.nbytes, where)
                     label = ".".join((name, *map(str, keys[len(self.index.paths.get(name, (name,))) :])))
                     self.tensors_in_objects[label] = stored(leaf, extent, entry.framing.byteorder)
                     self.paths[label] = keys
@@ -552,3 +557,15 @@ def _for(name: str, make: Callable[..., Tensor], *args: Any) -> Tensor:
 
 def _about(name: str, error: InputError) -> InputError:
     return error if str(error).startswith(f"{name}: ") else type(error)(f"{name}: {error}", hint=error.hint)
+
+
+def object_pickles(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(where, pickle) of every object in the entries of a directory, unread, for an audit."""
+    index = _Index()
+    for name in _metadata_files(path, _sizes(path)):
+        _read_metadata(path / name, index)
+    reader = _Entries(path, index)
+    for piece in index.objects.values():
+        if not piece.transforms:
+            where, entry = reader.entry(piece)
+            yield where, entry.framing.payload

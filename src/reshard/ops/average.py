@@ -26,7 +26,7 @@ Accumulate = Literal["float64", "float32"]
 
 
 @dataclass(slots=True)
-class _NonFinite:
+class NonFinite:
     """Counts of NaN and infinite elements, by source and FQN, from all threads."""
 
     counts: dict[tuple[int, str], int] = field(default_factory=lambda: defaultdict(int))
@@ -35,6 +35,13 @@ class _NonFinite:
     def add(self, fqn: str, index: int, count: int) -> None:
         with self.lock:
             self.counts[index, fqn] += count
+
+    def said(self, sources: Sequence[str | Path]) -> tuple[str, ...]:
+        """A sentence for each source and FQN that has any."""
+        return tuple(
+            f"{sources[index]}: {fqn} has {count} NaN or infinite elements"
+            for (index, fqn), count in sorted(self.counts.items())
+        )
 
 
 def average(
@@ -56,14 +63,14 @@ def average(
     updated as `decay * average + (1 - decay) * next`. `options` are those of `merge`. Raises Mismatch, listing every
     difference, unless all sources have the same names and shapes.
     """
-    bad = _NonFinite()
+    bad = NonFinite()
     prepared = prepare_average(
         [Path(s) for s in sources], Path(output), Options(**options), weights, ema, accumulate, bad
     )
     merged = carry_out(
         prepared, Path(output), force=force, threads=threads, block_nbytes=block_nbytes, progress=progress
     )
-    return replace(merged, notices=merged.notices + _said(bad, sources))
+    return replace(merged, notices=merged.notices + bad.said(sources))
 
 
 def prepare_average(
@@ -73,7 +80,7 @@ def prepare_average(
     weights: Sequence[float] | None = None,
     ema: float | None = None,
     accumulate: Accumulate = "float64",
-    bad: _NonFinite | None = None,
+    bad: NonFinite | None = None,
 ) -> Prepared:
     """Everything up to the plan, from headers alone, except that what must agree is compared."""
     if len(sources) < 1:
@@ -98,8 +105,9 @@ def prepare_average(
     if taken:
         notices += (f"not numbers to average, and different: taken from {sources[-1].name}: {listed(taken)}",)
     checkpoint = replace(last, tensors=tensors, notices=notices)
-    ready = planned(prepared[-1].found, prepared[-1].opened, checkpoint, output, options)
-    return replace(ready, plan=_with_recipe(ready, sources, shares, accumulate))
+    parts_of = [{"path": str(s), "weight": w} for s, w in zip(sources, shares, strict=True)]
+    recipe_facts = {"average": parts_of, "accumulate": accumulate}
+    return planned(prepared[-1].found, prepared[-1].opened, checkpoint, output, options, recipe_facts)
 
 
 def series(run: Path, *, step: int | None = None, last: int | None = None) -> list[Path]:
@@ -144,7 +152,7 @@ def _mean(
     shares: Sequence[float],
     to: DType,
     accumulate: Accumulate,
-    bad: _NonFinite | None,
+    bad: NonFinite | None,
 ) -> Tensor:
     report = None if bad is None else lambda index, count: bad.add(fqn, index, count)
     return Mean(to, parts[0].shape, parts, tuple(shares), accumulate, report)
@@ -169,17 +177,3 @@ def _check_aligned(prepared: Sequence[Prepared]) -> None:
             f"the checkpoints do not match in {len(problems)} places:\n  {shown}",
             hint="average checkpoints of one model",
         )
-
-
-def _with_recipe(ready: Prepared, sources: Sequence[Path], shares: Sequence[float], accumulate: Accumulate) -> Any:
-    recipe = {"average": [{"path": str(s), "weight": w} for s, w in zip(sources, shares, strict=True)]}
-    facts = dict(ready.plan.facts)
-    facts["source"] = {**facts["source"], **recipe, "accumulate": accumulate}
-    return replace(ready.plan, facts=facts)
-
-
-def _said(bad: _NonFinite, sources: Sequence[str | Path]) -> tuple[str, ...]:
-    return tuple(
-        f"{sources[index]}: {fqn} has {count} NaN or infinite elements"
-        for (index, fqn), count in sorted(bad.counts.items())
-    )

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -27,6 +28,12 @@ from reshard.storage import manifest
 from reshard.storage.plan import Plan
 from reshard.storage.run import Progress, Result, run
 from reshard.version import __version__
+
+_TOKENIZER = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|tekken\.json|normalizer\.json"
+    r"|.*\.tiktoken|.*\.model|.*\.jinja|chat_template\.json"
+)
+"""What `--no-save-tokenizer` leaves out."""
 
 What = Literal["model", "optimizer", "all"]
 Kind = Literal["huggingface", "safetensors", "torch_save"]
@@ -147,8 +154,15 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
     return planned(found, opened, checkpoint, output, options)
 
 
-def planned(found: Found, opened: Checkpoint, checkpoint: Checkpoint, output: Path, options: Options) -> Prepared:
-    """The plan of a checkpoint that has its final tensors."""
+def planned(
+    found: Found,
+    opened: Checkpoint,
+    checkpoint: Checkpoint,
+    output: Path,
+    options: Options,
+    recipe: Mapping[str, Any] | None = None,
+) -> Prepared:
+    """The plan of a checkpoint that has its final tensors; `recipe` goes into the manifest, under `source`."""
     kind = kind_of(output)
     checkpoint, plan = _plan(found, checkpoint, kind, options)
     origin = checkpoint.origin
@@ -156,7 +170,7 @@ def planned(found: Found, opened: Checkpoint, checkpoint: Checkpoint, output: Pa
         "path": str(origin.path), "format": origin.format, "writer": origin.writer, "step": origin.step,
         "files": [str(f.relative_to(origin.path) if f.is_relative_to(origin.path) else f) for f in origin.files],
     }  # fmt: skip
-    facts = {"source": source_facts, "options": options.record(), "output": kind}
+    facts = {"source": source_facts | dict(recipe or {}), "options": options.record(), "output": kind}
     plan = manifest.with_manifest(replace(plan, facts=facts), __version__)
     return Prepared(found, opened, checkpoint, plan, checkpoint.notices)
 
@@ -209,7 +223,7 @@ def _companions(
     if options.base is not None and config is None:
         raise NotFound(f"{options.base} has no config.json")
     if not options.save_tokenizer:
-        assets = {name: tensor for name, tensor in assets.items() if not huggingface.is_tokenizer(name)}
+        assets = {name: tensor for name, tensor in assets.items() if not _TOKENIZER.fullmatch(name)}
     return config, assets, ()
 
 

@@ -1,0 +1,119 @@
+"""`reshard`: find the verb, parse, run, and turn what goes wrong into a message and an exit code.
+
+Exit codes: 0 done, 1 the user's input or a failed check, 2 our fault, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from reshard.errors import ReshardError
+from reshard.version import __version__
+
+VERBS = {
+    "inspect": "say what a checkpoint is, whether it is whole, and what to type next",
+    "merge": "turn shards into a whole model: a HuggingFace directory, .safetensors or .ckpt",
+    "average": "write the mean of checkpoints, straight from their shards",
+    "verify": "prove that an output is what was written, or what its source says",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    words = [_hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if words and words[0] not in VERBS and not words[0].startswith("-"):
+        words.insert(0, "inspect")
+    try:
+        return _dispatch(words)
+    except ReshardError as error:
+        _complain(str(error), error.hint)
+        return 1
+    except KeyboardInterrupt:
+        _complain("interrupted", "run the same command again: what is done is kept")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        _complain(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), None)
+        return 1
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        _complain("this is a defect of reshard", "please report it with the lines above and `reshard --version`")
+        return 2
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_overview())
+        return 0
+    if words[0] == "--version":
+        from reshard.cli.version import version_text
+
+        sys.stdout.write(version_text())
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        raise _usage(f"unknown option {verb}")
+    module = import_module(f"reshard.cli.{verb}")
+    parser = Parser(
+        prog=f"reshard {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.configure(parser)
+    code: int = module.run(parser.parse_args(words[1:]))
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are ours."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise _usage(message, self.format_usage().strip())
+
+
+def _usage(message: str, usage: str = "usage: reshard [VERB] ...") -> ReshardError:
+    return ReshardError(message, hint=f"{usage}\nsee --help")
+
+
+def _hyphenated(word: str) -> str:
+    """`--input_dir=x` as `--input-dir=x`: systems spell their options either way."""
+    match = re.match(r"--[A-Za-z][\w-]*", word)
+    return match[0].replace("_", "-") + word[match.end() :] if match else word
+
+
+def _complain(message: str, hint: str | None) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    if hint:
+        sys.stderr.write(f"\nhint: {hint}\n")
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
+    return f"""\
+reshard {__version__}: shards in, a proven whole model out. No torch, no GPU, nothing in a checkpoint is executed.
+
+usage: reshard SRC                   what is this, and what do I type next?
+       reshard VERB ... [--help]
+
+verbs:
+{verbs}
+
+examples:
+  reshard merge output/checkpoint-500 model/ --base meta-llama/Llama-3.1-8B
+  reshard merge config.yml --output-path ./merged_model
+  reshard average run/checkpoint-* --output soup/ --dtype bfloat16
+  reshard verify model/ --against output/checkpoint-500
+
+options:
+  --version  version, formats and extras
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

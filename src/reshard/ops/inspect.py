@@ -1,0 +1,138 @@
+"""inspect: what a path is, whether it is whole, and what to type next. Reads headers only."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reshard.core.checkpoint import Checkpoint
+from reshard.errors import Incomplete, InputError, ReshardError
+from reshard.formats import open_found
+from reshard.formats.detect import MODEL, Found, find, numbered
+from reshard.storage.files import Files
+from reshard.storage.torch_zip import open_archive
+from reshard.storage.unpickle import Global, globals_in, is_known
+
+_PICKLE_LIMIT_NBYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint is, as far as headers tell."""
+
+    path: Path
+    format: str
+    writer: str
+    step: int | None
+    world_size: int | None
+    placements: tuple[str, ...]
+    num_tensors: int
+    num_parameters: int
+    """Elements of the model's tensors."""
+    nbytes: int
+    dtypes: dict[str, int]
+    """Number of tensors of each dtype."""
+    parts: tuple[str, ...]
+    """What is there besides the model: optimizer, ema, ..."""
+    num_objects: int
+    other_steps: tuple[int, ...]
+    """Other checkpoints of the same run."""
+    complete: bool
+    problem: str
+    """Why it is not complete."""
+    notices: tuple[str, ...]
+    next_command: str
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    """(FQN, dtype, shape), when they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """A class or function that a pickle names, and the files that name it."""
+
+    name: str
+    known: bool
+    """Whether it belongs to what torch, numpy or Python write for plain state; anything else deserves a look."""
+    files: tuple[str, ...]
+
+
+def inspect(source: str | Path, *, step: int | None = None, tensors: bool = False, **choices: Any) -> Inspection:
+    """What is at a path. Raises NotFound when nothing there is recognised; incomplete checkpoints are described."""
+    path = Path(source)
+    try:
+        found = find(path, step=step, **choices)
+        opened = open_found(found)
+    except Incomplete as error:
+        return Inspection(
+            path, "", "", None, None, (), 0, 0, 0, {}, (), 0, (), False, str(error), (), ""
+        )  # fmt: skip
+    return _described(path, found, opened, tensors)
+
+
+def _described(path: Path, found: Found, opened: Checkpoint, tensors: bool) -> Inspection:
+    origin = opened.origin
+    dtypes = Counter(t.dtype.torch for t in opened.tensors.values())
+    others = tuple(n for n, p in numbered(path) if n != found.step) if path.is_dir() else ()
+    return Inspection(
+        found.root, origin.format, origin.writer or found.writer, found.step, origin.world_size, origin.placements,
+        len(opened), opened.num_parameters, opened.nbytes, dict(dtypes.most_common()),
+        tuple(dict.fromkeys(p.role for p in found.parts if p.role != MODEL)), len(opened.objects), others,
+        True, "", opened.notices, _next(path, found),
+        tuple((fqn, t.dtype.torch, t.shape) for fqn, t in opened.tensors.items()) if tensors else (),
+    )  # fmt: skip
+
+
+def _next(path: Path, found: Found) -> str:
+    if all(p.format in ("huggingface", "safetensors") for p in found.parts if p.role == MODEL):
+        return f"reshard verify {path}" if (found.root / "reshard.json").is_file() else f"reshard merge {path} OUT"
+    if (found.root / "meta.pt").is_file():
+        return f"reshard merge {path} OUT.ckpt"
+    return f"reshard merge {path} OUT"
+
+
+def audit(source: str | Path) -> list[Audit]:
+    """Everything that the pickles under a path want to import, found without importing it."""
+    wanted: dict[Global, list[str]] = {}
+    for name, payload in _pickles(Path(source)):
+        for found in globals_in(payload, where=name):
+            wanted.setdefault(found, []).append(name)
+    rows = [Audit(f"{g.module}.{g.name}", is_known(g), tuple(dict.fromkeys(names))) for g, names in wanted.items()]
+    return sorted(rows, key=lambda row: (row.known, row.name))
+
+
+def _pickles(root: Path) -> Iterator[tuple[str, bytes]]:
+    """(file, pickle) of every pickle in a file or under a directory."""
+    files = Files()
+    paths = [root] if root.is_file() else sorted(Path(d) / f for d, _, names in os.walk(root) for f in names)
+    for path in paths:
+        if not path.is_file() or path.is_symlink() or path.suffix in (".safetensors", ".json", ".jinja", ".txt"):
+            continue
+        nbytes = files.nbytes(str(path))
+        head = files.pread(str(path), 0, min(nbytes, 4))
+        try:
+            if path.suffix == ".distcp":
+                continue
+            if head == b"PK\3\4":
+                name = str(path)
+                yield name, open_archive(lambda o, n, p=name: files.pread(p, o, n), nbytes, name).payload  # type: ignore[misc]
+            elif head[:1] == b"\x80" and nbytes <= _PICKLE_LIMIT_NBYTES:
+                yield str(path), files.pread(str(path), 0, nbytes)
+        except ReshardError:
+            continue
+    yield from _objects_of_dcp(root)
+
+
+def _objects_of_dcp(root: Path) -> Iterator[tuple[str, bytes]]:
+    """The pickles of the objects in a DCP's entries."""
+    from reshard.formats import dcp
+
+    directories = {p.parent for p in ([root] if root.is_file() else root.rglob("*.distcp"))}
+    for directory in sorted(directories):
+        try:
+            yield from dcp.object_pickles(directory)
+        except InputError:
+            continue
