@@ -251,8 +251,20 @@ TABLES = (
 TRANSPOSED = ("qwen3_vl_moe", "qwen3_vl_moe_text")
 """Fused experts on the hub too, the matrices turned: (E, H, 2I) and (E, I, H) for (E, 2I, H) and (E, H, I)."""
 
-FUSED_ON_HUB = ("gpt_oss", "llama4", "llama4_text", *TRANSPOSED)
-"""Model types whose hub names have fused experts."""
+FUSED_ON_HUB = frozenset(
+    (
+        "gpt_oss",
+        "llama4",
+        "llama4_text",
+        "gemma4",
+        "gemma4_text",
+        "mistral4",
+        "granitemoe_swa",
+        "zaya",
+        *TRANSPOSED,
+    )
+)
+"""Model types whose fused experts transformers saves fused."""
 
 NOT_COVERED = frozenset(
     """
@@ -457,7 +469,7 @@ def _left(
         return [f"{known}: names are written as they are, and other loaders may not know them"]
     notices = []
     types = {model_type, _model_type((config or {}).get("text_config"))}
-    fused = [] if types & set(FUSED_ON_HUB) else [fqn for fqn, t in tensors.items() if _is_fused(fqn, t)]
+    fused = [] if types & FUSED_ON_HUB else [fqn for fqn, t in tensors.items() if _is_fused(fqn, t)]
     if fused:
         kind = f"model type {model_type}" if model_type else "a model without a config"
         notices.append(f"fused experts are kept, as there is no table for {kind}: {listed(fused, 3)}")

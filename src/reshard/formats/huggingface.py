@@ -270,7 +270,7 @@ def plan(checkpoint: Checkpoint, *, max_shard_nbytes: int = MAX_SHARD_NBYTES) ->
     if is_adapter(checkpoint):
         return _plan_adapter(to_adapter(checkpoint))
     shards = fill_shards(checkpoint.tensors, max_shard_nbytes)
-    files = [safetensors.plan_file(name, tensors, {"format": "pt"}) for name, tensors in shards.items()]
+    files = [_weights_file(name, tensors) for name, tensors in shards.items()]
     if len(shards) > 1:
         files.append(FilePlan(INDEX, (Segment(_index_json(shards)),)))
     if checkpoint.config is not None:
@@ -317,6 +317,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} in a JSON file")
+
+
+def _weights_file(name: str, tensors: Mapping[str, Tensor]) -> FilePlan:
+    """By name within a dtype, as the safetensors library lays tensors out, whatever their order in the state dict."""
+    return safetensors.plan_file(name, dict(sorted(tensors.items())), {"format": "pt"})
 
 
 def _index_json(shards: Mapping[str, Mapping[str, Tensor]]) -> bytes:
@@ -405,5 +410,5 @@ def _plan_adapter(checkpoint: Checkpoint) -> Plan:
             f"{checkpoint.origin.path}: the tensors of an adapter without {ADAPTER_CONFIG}",
             hint=f"--base DIR with the {ADAPTER_CONFIG} that it was trained with",
         )
-    weights = safetensors.plan_file(ADAPTER_WEIGHTS, checkpoint.tensors, {"format": "pt"})
+    weights = _weights_file(ADAPTER_WEIGHTS, checkpoint.tensors)
     return Plan((weights, *_asset_files(checkpoint.assets)), {"format": NAME})
