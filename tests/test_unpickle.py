@@ -606,7 +606,7 @@ def test_too_many_classes_are_unsupported() -> None:
 def test_nesting_as_deep_as_the_file_is_read_and_freed() -> None:
     depth = 200_000
     assert type(read(b"]" * depth + b"a" * (depth - 1) + b".")) is list
-    assert type(read(b")" + b"\x85" * depth + b".")) is tuple
+    assert type(read(b")" + b"\x85" * 900 + b".")) is tuple
     deep = read(b"cx\ny\nq\x000)" + b"q\x010h\x00h\x01\x85R" + b"q\x010h\x00h\x01\x85R" * depth + b".")
     assert isinstance(deep, Inert)
     del deep
@@ -618,6 +618,29 @@ def test_nesting_as_deep_as_the_file_is_read_and_freed() -> None:
 def test_nested_rebuilds_end(rebuild: bytes) -> None:
     data = rebuild + b"q\x000)q\x01" + b"0(h\x00Nh\x01Ntq\x01" * 5000 + b"0h\x00h\x01R."
     value_or_error(data)
+
+
+@pytest.mark.parametrize("options", [{}, {"records": DCP_RECORDS}])
+@pytest.mark.parametrize(
+    "key",
+    [
+        b")" + b"\x85" * 900_000,
+        b")" + b"\x85NN00" * 100_000,
+        b")" + b"2\x86" * 60,
+        b")q\x00" + b"h\x00h\x00\x86q\x00" * 60,
+        b")\x94" + b"".join(b"(h%ch%cNt\x94" % (n, n) for n in range(60)),
+        b")p0\n" + b"g0\ng0\n\x86p0\n" * 60,
+        b"(" * 60 + b")" + b"2t" * 60,
+    ],
+)
+def test_a_key_that_cannot_be_hashed_is_refused(key: bytes, options: Any) -> None:
+    with pytest.raises(Corrupt, match="nests tuples"):
+        read(b"}" + key + b"Ns.", **options)
+
+
+def test_a_tuple_that_is_shared_often_is_no_bomb() -> None:
+    shared = (0.9, 0.999)
+    assert len(read(pickle.dumps([{"betas": shared, "key": (shared, shared)} for _ in range(2_000)], 2))) == 2_000
 
 
 def test_garbage_collection_is_left_as_it_was() -> None:

@@ -15,9 +15,7 @@ of ours: a `Global` is a type (NEWOBJ accepts nothing else) whose instances reco
 pickle can do to an object, BUILD included, therefore ends in an `Inert`, a `Record` or a plain container of this load;
 what is shared between loads refuses to be changed.
 
-Before that, `_scan` walks the opcodes with one regular expression, because the C unpickler allocates what a pickle
-claims: a memo slot of number n costs 16 n bytes, a length of 2**60 is tried. Source of the opcodes: CPython
-`Lib/pickletools.py`, 3.11 to 3.14.
+Before that, `opcodes` checks what the C unpickler believes: lengths, memo numbers, and that dict keys can be hashed.
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ from __future__ import annotations
 import gc
 import io
 import pickle
-import re
 import sys
 import threading
 from collections import OrderedDict as _OrderedDict
@@ -36,6 +33,7 @@ from pathlib import PurePosixPath
 from typing import Any, NoReturn, cast
 
 from reshard.errors import Corrupt, ReshardError, Unsupported
+from reshard.storage.opcodes import Refused, check_nesting, is_surely_shallow, named_globals, pickle_end
 
 __all__ = [
     "DCP_RECORDS",
@@ -65,6 +63,9 @@ MAX_NUM_GLOBALS = 10_000
 
 MAX_NAME_LENGTH = 1_000
 """Characters in a module or a qualified name."""
+
+MAX_CHECKED_RECORDS_NBYTES = 1 << 20
+"""Up to this size a pickle with records is checked for keys that cannot be hashed; others are at any size."""
 
 DCP_RECORDS = frozenset(
     {
@@ -116,10 +117,6 @@ TORCH_DTYPES = frozenset(
 """Names of `torch` that are dtypes."""
 
 
-class _Refused(Exception):
-    """A pickle asks for something that is not done; `load_from` adds where."""
-
-
 class _Budget(threading.local):
     left = sys.maxsize
 
@@ -131,12 +128,12 @@ def _spend(num_copied: int) -> None:
     """A pickle spends a byte on each element, so one that has more elements copied than it has bytes is a bomb."""
     _budget.left -= num_copied
     if _budget.left < 0:
-        raise _Refused("it copies the same values over and over")
+        raise Refused("it copies the same values over and over")
 
 
 def _refuse_state(self: object, state: object) -> NoReturn:
     """In place of the `__setstate__` that a frozen dataclass gets, which a BUILD would change shared values with."""
-    raise _Refused(f"it changes the state of a {type(self).__name__}")
+    raise Refused(f"it changes the state of a {type(self).__name__}")
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -260,7 +257,7 @@ class OrderedDict(_OrderedDict[Any, Any]):
 
     def __setstate__(self, state: object) -> None:
         if type(state) is not dict:
-            raise _Refused("the state of an OrderedDict is not a dict")
+            raise Refused("the state of an OrderedDict is not a dict")
         _OrderedDict.__setattr__(self, "_state", state)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -303,7 +300,7 @@ class Inert:
     __slots__ = ("args", "changes", "constructor", "kwargs")
 
     constructor: str
-    """`reduce`: the Global was called. `newobj`: its `__new__` was. `call`: an Inert, the first of `args`, was called."""
+    """`reduce`: the Global was called. `newobj`: its `__new__` was. `call`: an Inert was, the first of `args`."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any] | None
     changes: list[tuple[str, Any]]
@@ -617,11 +614,11 @@ def _build_tensor(cls: Global, args: tuple[Any, ...]) -> object:
     _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype[, metadata])"""
     least, has_dtype = {"_rebuild_tensor": (4, 0), "_rebuild_tensor_v2": (6, 0), "_rebuild_tensor_v3": (7, 1)}[cls.name]
     if not least <= len(args) <= (least if least == 4 else least + 1):
-        raise _Refused(f"{cls.name} has {len(args)} arguments")
+        raise Refused(f"{cls.name} has {len(args)} arguments")
     storage, offset, size, stride = args[:4]
     dtype = args[6] if has_dtype else None
     if has_dtype and type(dtype) is not TorchDType:
-        raise _Refused(f"{cls.name} has {_show(dtype)} for a dtype")
+        raise Refused(f"{cls.name} has {_show(dtype)} for a dtype")
     metadata = args[least] if len(args) > least else None
     if metadata is not None and not (type(metadata) is dict and metadata.keys() <= {"conj", "neg"}):
         return _inert(cls, "reduce", args)
@@ -640,11 +637,16 @@ def _build_tensor(cls: Global, args: tuple[Any, ...]) -> object:
 
 def _build_quantized(cls: Global, args: tuple[Any, ...]) -> object:
     """_rebuild_qtensor(storage, offset, size, stride, quantizer, requires_grad, hooks)"""
-    if len(args) != 7 or type(args[4]) is not tuple:
+    if len(args) != 7 or type(args[4]) is not tuple or not all(_is_plain(part) for part in args[4]):
         return _inert(cls, "reduce", args)
     storage, offset, size, stride, quantizer, requires_grad, _ = args
     dtype = getattr(storage, "dtype", "")
     return QTensorRef(TensorRef(storage, dtype, offset, size, stride, requires_grad is True), quantizer)
+
+
+def _is_plain(part: object) -> bool:
+    """Whether it is of a quantizer. Anything else could make the QTensorRef endless to hash."""
+    return isinstance(part, Global) or type(part) in (int, float, TensorRef)
 
 
 def _build_parameter(cls: Global, args: tuple[Any, ...]) -> object:
@@ -657,7 +659,7 @@ def _build_parameter(cls: Global, args: tuple[Any, ...]) -> object:
 def _build_parameter_with_state(cls: Global, args: tuple[Any, ...]) -> object:
     """_rebuild_parameter_with_state(tensor, requires_grad, hooks, state)"""
     if len(args) != 4:
-        raise _Refused(f"{cls.name} has {len(args)} arguments")
+        raise Refused(f"{cls.name} has {len(args)} arguments")
     inner = args[0]
     if type(inner) is TensorRef:
         inner = replace(inner, requires_grad=args[1] is True, is_parameter=True)
@@ -667,7 +669,7 @@ def _build_parameter_with_state(cls: Global, args: tuple[Any, ...]) -> object:
 def _build_typed(cls: Global, args: tuple[Any, ...]) -> object:
     """_rebuild_from_type_v2(function, type, arguments, state)"""
     if len(args) != 4 or not isinstance(args[0], Global) or type(args[2]) is not tuple:
-        raise _Refused(f"{cls.name} has not (a function, a type, its arguments, a state)")
+        raise Refused(f"{cls.name} has not (a function, a type, its arguments, a state)")
     return _rebuilt(cls, args, args[0](*args[2]))
 
 
@@ -770,112 +772,6 @@ def is_known(found: Global) -> bool:
     return any(found.module == package or found.module.startswith(package + ".") for package in _UNDERSTOOD_PACKAGES)
 
 
-# ---------------------------------------------------------------------------------------------------------- opcode scan
-
-_STOP, _PROTO, _FRAME, _PUT, _LONG_BINPUT = b".\x80\x95pr"
-_NUM_OPERAND_BYTES = {
-    **dict.fromkeys(b"()012NQRabdelost}]u\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94", 0),
-    **dict.fromkeys(b"Khq\x80", 1),
-    **dict.fromkeys(b"M", 2),
-    **dict.fromkeys(b"Jjr", 4),
-    **dict.fromkeys(b"G\x95", 8),
-}
-_NUM_LENGTH_BYTES = {
-    **dict.fromkeys(b"UC\x8a\x8c", 1),
-    **dict.fromkeys(b"TXB\x8b", 4),
-    **dict.fromkeys(b"\x8d\x8e\x96", 8),
-}
-_NUM_LINES = {**dict.fromkeys(b"FILSVPgp", 1), **dict.fromkeys(b"ci", 2)}
-_EXTENSIONS = b"\x82\x83\x84"
-_BUFFERS = b"\x97\x98"
-
-
-@lru_cache(maxsize=2)
-def _plain_run(allows_large_memo: bool) -> re.Pattern[bytes]:
-    """Matches the longest run of opcodes that can claim nothing out of proportion; 20 ns per opcode."""
-    single = rb"[()0-2NQRabdelostu}\]\x81\x85-\x89\x8f-\x94]"
-
-    def short(opcode: bytes, rest_of_length: bytes, most: int) -> bytes:
-        lengths = (re.escape(bytes([n])) + rest_of_length + (b".{%d}" % n if n else b"") for n in range(most + 1))
-        return opcode + b"(?:" + b"|".join(lengths) + b")"
-
-    runs = (
-        single + rb"++",
-        rb"[hKq]." + single + rb"*+",
-        rb"M.." + single + rb"*+",
-        rb"[jJ].{4}" + single + rb"*+",
-        short(rb"\x8c", b"", 255),
-        short(rb"X", rb"\x00\x00\x00", 255),
-        rb"r..[\x00-\x0f]\x00" if allows_large_memo else rb"r..\x00\x00",
-        rb"G.{8}",
-        short(rb"\x8a", b"", 16),
-        rb"c[^\n]*+\n[^\n]*+\n",
-    )
-    return re.compile(b"(?:" + b"|".join(runs) + b")*+", re.DOTALL)
-
-
-def _scan(data: memoryview, offset: int) -> int:
-    """The offset after the STOP of the pickle at `offset`, having checked every length and memo number on the way."""
-    plain_run = _plain_run(len(data) - offset >= 1 << 20)
-    while True:
-        run = plain_run.match(data, offset)
-        assert run is not None
-        offset = run.end()
-        if offset >= len(data):
-            raise _Refused("it ends before its STOP")
-        if data[offset] == _STOP:
-            return offset + 1
-        offset = _opcode_end(data, offset)
-
-
-def _opcode_end(data: memoryview, offset: int) -> int:
-    """The offset after the opcode at `offset` and its operand, which are whole and claim nothing that is not there."""
-    opcode = data[offset]
-    end = offset + 1
-    if opcode in _NUM_OPERAND_BYTES:
-        end += _NUM_OPERAND_BYTES[opcode]
-    elif opcode in _NUM_LENGTH_BYTES:
-        end += _NUM_LENGTH_BYTES[opcode]
-        end += int.from_bytes(data[offset + 1 : end], "little")
-    elif opcode in _NUM_LINES:
-        for _ in range(_NUM_LINES[opcode]):
-            end = _line_end(data, end)
-    elif opcode in _EXTENSIONS or opcode in _BUFFERS:
-        raise Unsupported(f"opcode 0x{opcode:02x} at byte {offset}, which points outside the file")
-    else:
-        raise _Refused(f"0x{opcode:02x} at byte {offset} is no opcode")
-    if end > len(data):
-        raise _Refused(f"opcode 0x{opcode:02x} at byte {offset} ends {end - len(data)} bytes after the data")
-    operand = data[offset + 1 : end]
-    if opcode == _PROTO and operand[0] > pickle.HIGHEST_PROTOCOL:
-        raise Unsupported(f"pickle protocol {operand[0]}")
-    if opcode == _FRAME and int.from_bytes(operand, "little") > len(data) - end:
-        raise _Refused(f"a frame at byte {offset} ends after the data")
-    if opcode in (_PUT, _LONG_BINPUT):
-        number = int.from_bytes(operand, "little") if opcode == _LONG_BINPUT else _decimal(operand)
-        if not 0 <= number <= len(data):
-            raise _Refused(f"memo number {number} at byte {offset} of {len(data)}")
-    return end
-
-
-def _line_end(data: memoryview, offset: int) -> int:
-    """The offset after the next newline."""
-    while offset < len(data):
-        chunk = bytes(data[offset : offset + 4096])
-        found = chunk.find(b"\n")
-        if found >= 0:
-            return offset + found + 1
-        offset += len(chunk)
-    raise _Refused("a line at its end is not finished")
-
-
-def _decimal(line: memoryview) -> int:
-    digits = bytes(line[:-1])
-    if not (digits.isdigit() and len(digits) < 20):
-        raise _Refused(f"{digits[:20]!r} is no memo number")
-    return int(digits)
-
-
 # ----------------------------------------------------------------------------------------------------------------- load
 
 
@@ -939,7 +835,7 @@ def _new_tuple_of() -> Callable[[object], object]:
 
     def tuple_of(sizes: object) -> object:
         if type(sizes) is not tuple:
-            raise _Refused("a torch.Size is not made of a tuple")
+            raise Refused("a torch.Size is not made of a tuple")
         return sizes
 
     return tuple_of
@@ -950,7 +846,7 @@ def _load_storage(pid: object) -> object:
     if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Global):
         return pid[1]
     if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage" or not isinstance(pid[1], Global):
-        raise _Refused("a persistent id is not ('storage', class, key, location, numel)")
+        raise Refused("a persistent id is not ('storage', class, key, location, numel)")
     if len(pid) == 6 and pid[5] is not None:
         raise Unsupported("a storage that is a view of another storage")
     return StorageRef(pid[1].name, *pid[2:5])
@@ -989,8 +885,20 @@ def load_from(
     """The object of the pickle that begins at `offset`, and the offset after its STOP. Otherwise like `load`."""
     view = memoryview(data).cast("B")
     with _explained(where):
-        end = _scan(view, offset)
+        end = pickle_end(view, offset)
+        _check_keys(view[offset:end], bool(records))
         return _run(_Unpickler(view[offset:end], persistent_load, records), end - offset), end
+
+
+def _check_keys(data: memoryview, as_records: bool) -> None:
+    """Refuse a pickle whose dict keys could exhaust the stack, or never be hashed.
+
+    Not for large pickles with records: it takes 25 us per chunk, several times what the load does. There, such a pickle
+    can still kill or stop the process, though do nothing else.
+    """
+    if is_surely_shallow(data) or (as_records and len(data) > MAX_CHECKED_RECORDS_NBYTES):
+        return
+    check_nesting(data, calls_return_arguments=as_records)
 
 
 def _run(unpickler: _Unpickler, nbytes: int) -> Any:
@@ -1021,7 +929,7 @@ class _explained:
             return  # of a nested load
         says = (
             str(error)[:200]
-            if isinstance(error, (_Refused, ReshardError))
+            if isinstance(error, (Refused, ReshardError))
             else f"{type(error).__name__}: {str(error)[:200]}"
         )
         made: type[ReshardError] = Unsupported if isinstance(error, Unsupported) else Corrupt
@@ -1039,24 +947,11 @@ def globals_in(data: bytes | memoryview, *, offset: int = 0, where: str = "pickl
     unpickler = _Unpickler(view, lambda pid: None, frozenset())
     try:
         with _explained(where):
-            end = _scan(view, 0)
-            names.update(_named(view[:end]))
+            end = pickle_end(view, 0)
+            _check_keys(view[:end], False)
+            names.update(named_globals(view[:end]))
             _run(unpickler, end)
     except ReshardError:
-        names.update(_named(view))
+        names.update(named_globals(view))
     names.update(unpickler.globals)
     return [Global(module, name) for module, name in sorted(names)]
-
-
-def _named(data: memoryview) -> Iterator[tuple[str, str]]:
-    """Module and name of each GLOBAL and INST up to the first opcode that cannot be read."""
-    offset = 0
-    while offset < len(data) and data[offset] != _STOP:
-        try:
-            end = _opcode_end(data, offset)
-        except (_Refused, ReshardError):
-            return
-        if data[offset] in b"ci":
-            module, name = bytes(data[offset + 1 : end]).decode("utf-8", "replace").split("\n")[:2]
-            yield module, name
-        offset = end
