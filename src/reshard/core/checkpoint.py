@@ -141,6 +141,6 @@ def same_bytes(a: Tensor, b: Tensor, source: Source, limit: int = 1 << 18) -> bo
     if a.dtype is not b.dtype or a.shape != b.shape:
         return False
     for box in Box.whole(a.shape).runs(limit // a.dtype.itemsize):
-        if not np.array_equal(a.read(source, box).view("u1"), b.read(source, box).view("u1")):
+        if not np.array_equal(a.read(source, box).reshape(-1).view("u1"), b.read(source, box).reshape(-1).view("u1")):
             return False
     return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from reshard.core.checkpoint import KeyPath
@@ -33,25 +33,64 @@ def stored(ref: TensorRef, extent: Extent, byteorder: str = "little") -> Tensor:
     return negate(tensor) if ref.neg else tensor
 
 
-def walk(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+def walk(
+    value: Any, path: KeyPath = (), expand: Callable[[Any], Mapping[str, Any] | None] = lambda _: None
+) -> Iterator[tuple[KeyPath, Any]]:
     """Every leaf of a nested state dict with its path: dicts, lists and tuples are descended, keys become strings.
 
-    Works on cycles and on any depth.
+    A sequence of plain values (text, numbers) is one leaf, and so is an empty container. `expand` may show the entries
+    of other values. What two names refer to is listed under both; what holds itself is not entered again. Raises
+    Corrupt when references to the same few values multiply without bounds.
     """
-    stack: list[tuple[KeyPath, Any]] = [(path, value)]
     seen: set[int] = set()
+    repeats = 0
+    ancestors: list[int] = []
+    stack: list[Iterator[tuple[KeyPath, Any]]] = [iter([(path, value)])]
     while stack:
-        where, item = stack.pop()
-        if isinstance(item, dict | list | tuple) and item:
-            if id(item) in seen and not isinstance(item, tuple):
-                continue
-            seen.add(id(item))
-            children = item.items() if isinstance(item, dict) else enumerate(item)
-            keys = [((*where, key if isinstance(key, int) and not isinstance(item, dict) else str(key)), child)
-                    for key, child in children]  # fmt: skip
-            stack.extend(reversed(keys))
+        for where, item in stack[-1]:
+            entries = _entries(item, expand)
+            if entries is None:
+                yield where, item
+            elif id(item) not in ancestors:
+                if id(item) in seen:
+                    repeats += len(entries)
+                    if repeats > MAX_NUM_REPEATS:
+                        raise Corrupt(f"values under {fqn(where)[:200]} refer to each other over and over")
+                seen.add(id(item))
+                ancestors.append(id(item))
+                stack.append(iter([((*where, key), child) for key, child in entries]))
+                break
         else:
-            yield where, item
+            stack.pop()
+            if ancestors:
+                ancestors.pop()
+
+
+MAX_NUM_REPEATS = 1 << 22
+"""Entries that are listed again because a second name refers to the same container."""
+_PLAIN = (str, bytes, int, float, complex, type(None))
+
+
+def _entries(item: Any, expand: Callable[[Any], Mapping[str, Any] | None]) -> list[tuple[str | int, Any]] | None:
+    """The entries of a container by key; None for a leaf."""
+    if isinstance(item, dict):
+        return [(_key(key), child) for key, child in item.items()] or None
+    if isinstance(item, list | tuple):
+        return None if all(isinstance(child, _PLAIN) for child in item) else list(enumerate(item))
+    shown = expand(item)
+    return None if shown is None else list(shown.items())
+
+
+def _key(key: Any) -> str:
+    """A dict key in an FQN. Values of a hostile pickle are not printed unless they are short."""
+    if isinstance(key, str):
+        return key
+    if isinstance(key, int):
+        return str(key) if key.bit_length() <= 64 else hex(key)
+    if isinstance(key, float | None):
+        return str(key)
+    name = getattr(key, "name", None)
+    return name if isinstance(name, str) else f"<{type(key).__name__}>"
 
 
 def fqn(path: KeyPath) -> str:
