@@ -374,19 +374,15 @@ def to_adapter(checkpoint: Checkpoint) -> Checkpoint:
     """
     names = {m["name"] for fqn in checkpoint.tensors if (m := _adapted(fqn)) and m["name"]}
     if len(names) > 1:
-        raise Mismatch(
-            f"{checkpoint.origin.path}: adapters of several names in one checkpoint: {listed(sorted(names))}"
-        )
+        raise Mismatch(f"{checkpoint.origin.path}: adapters of several names: {listed(sorted(names))}")
     renamed = {fqn: _saved_name(fqn) for fqn in checkpoint.tensors}
     if all(fqn == name for fqn, name in renamed.items()):
         return checkpoint
     if len(set(renamed.values())) != len(renamed):
         raise Mismatch(f"{checkpoint.origin.path}: two tensors of the adapter have one name without `.default`")
     tensors = {renamed[fqn]: tensor for fqn, tensor in checkpoint.tensors.items()}
-    example = next((a, b) for a, b in renamed.items() if a != b)
-    notice = (
-        f"adapter: {sum(a != b for a, b in renamed.items())} names as PEFT saves them: {example[0]} -> {example[1]}"
-    )
+    changed = [(a, b) for a, b in renamed.items() if a != b]
+    notice = f"{len(changed)} adapter names as PEFT saves them, such as {changed[0][0]} -> {changed[0][1]}"
     return replace(checkpoint, tensors=tensors, paths={}, notices=(*checkpoint.notices, notice))
 
 
