@@ -3,8 +3,8 @@
 The rules are torch's (`torch.distributed.tensor`, 2.4 to 2.15): `Shard(d)` cuts like `torch.chunk`, pieces of
 `ceil(n / k)` of which the last are short or empty. A `StridedShard(d, split)` first cuts what is left into `split`
 pieces, each of those into `k`, and takes one of each: the rows are not contiguous. When the axes after it shard the
-same dimension `split` ways, it means *those cut first* (tensor parallel, then FSDP over it); the two readings differ
-only for sizes that do not divide, where just the second is what training did.
+same dimension `split` ways, it means *those cut first* (tensor parallel, then FSDP over it). The two readings differ
+only for sizes that do not divide: training does the second, `distribute_tensor` on such placements does the first.
 """
 
 from __future__ import annotations
@@ -66,16 +66,21 @@ Ranges: TypeAlias = list[tuple[int, int]]
 
 
 def shard(
-    shape: Shape, mesh: Mesh, placements: Sequence[Placement], coordinate: Sequence[int]
+    shape: Shape, mesh: Mesh, placements: Sequence[Placement], coordinate: Sequence[int], *, literal: bool = False
 ) -> list[tuple[Box, Box]]:
-    """What the rank at `coordinate` holds of a tensor: pairs of (place in the tensor, place in the rank's own)."""
+    """What the rank at `coordinate` holds of a tensor: pairs of (place in the tensor, place in the rank's own).
+
+    With `literal`, every StridedShard cuts as it says, from left to right; without, some mean *the later axes first*.
+    """
     ranges: list[Ranges] = [[(0, n)] for n in shape]
-    for axis in _order(placements, mesh):
+    for axis in range(len(placements)) if literal else _order(placements, mesh):
         placement, k, c = placements[axis], mesh.sizes[axis], coordinate[axis]
         match placement:
             case Replicate():
                 pass
-            case Shard(dim) | StridedShard(dim, _) if _is_plain(placement, axis, placements, mesh):
+            case Shard(dim):
+                ranges[dim] = _chunk(ranges[dim], k, c)
+            case StridedShard(dim, _) if not literal and _is_plain(placement, axis, placements, mesh):
                 ranges[dim] = _chunk(ranges[dim], k, c)
             case StridedShard(dim, split):
                 pieces = [_chunk(ranges[dim], split, i) for i in range(split)]

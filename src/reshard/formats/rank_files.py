@@ -32,7 +32,7 @@ from reshard.core.dtypes import dtype
 from reshard.core.tensor import Concat, Deferred, Tensor
 from reshard.errors import Corrupt, Incomplete, InputError, Mismatch, NotFound, Unsupported, listed
 from reshard.formats import torch_save
-from reshard.formats.torch_distributed import Share, is_distributed, plain_tensor, share
+from reshard.formats.torch_distributed import Share, is_distributed, plain_tensor, shares
 from reshard.formats.torch_save import File, Leaves
 from reshard.formats.torch_tensor import fqn, walk
 from reshard.storage.files import Files, LazySource
@@ -283,17 +283,17 @@ class _Assembler:
     # -------------------------------------------------------------------------------------------- DTensor and others
 
     def _tensor(self, name: str, found: list[_Held]) -> Tensor:
-        shares = [(h, share(h.leaf, f"{h.file.path}: {name}")) for h in found]
-        first = shares[0][1]
-        for h, other in shares[1:]:
+        held = shares([(h.leaf, f"{h.file.path}: {name}") for h in found])
+        first = held[0]
+        for h, other in zip(found, held, strict=True):
             if (other.dtype, other.shape) != (first.dtype, first.shape):
                 raise Corrupt(
                     f"{h.file.path}: {name} is {other.dtype} {list(other.shape)}, {found[0].file.path.name} says"
                     f" {first.dtype} {list(first.shape)}"
                 )
-        self.num_ranks = max(self.num_ranks, *(s.num_ranks for _, s in shares))
+        self.num_ranks = max(self.num_ranks, *(s.num_ranks for s in held))
         self._cuts[first.cut] += 1
-        places = self._places(name, shares)
+        places = self._places(name, found, held)
         parts = tuple(places.items())
         key = (first.dtype, first.shape, tuple((place, id(tensor)) for place, tensor in parts))
         if key not in self._joined:
@@ -303,11 +303,11 @@ class _Assembler:
                 self._joined[key] = self._explained(name, partial(Concat, dtype(first.dtype), first.shape, parts))
         return self._joined[key]
 
-    def _places(self, name: str, shares: Sequence[tuple[_Held, Share]]) -> dict[Box, Tensor]:
+    def _places(self, name: str, found: Sequence[_Held], shares: Sequence[Share]) -> dict[Box, Tensor]:
         """The first rank's tensor for each place; those of later ranks are replicas."""
         places: dict[Box, Tensor] = {}
         owners: dict[Box, int] = {}
-        for h, held in shares:
+        for h, held in zip(found, shares, strict=True):
             for piece in held.pieces:
                 tensor = self._explained(name, partial(h.file.tensor, piece.local))[piece.part.slices]
                 if piece.place not in places:
@@ -350,7 +350,7 @@ class _Assembler:
         for h in found:
             if not is_distributed(h.leaf):
                 raise Unsupported(f"{h.file.path}: a {_FLAT_PARAM} that is no ShardedTensor")
-            held = share(h.leaf, f"{h.file.path}: {_FLAT_PARAM}")
+            (held,) = shares([(h.leaf, f"{h.file.path}: {_FLAT_PARAM}")])
             self.num_ranks = max(self.num_ranks, held.num_ranks)
             self._flat_storages.setdefault(h.rank, set()).update(p.local.storage.key for p in held.pieces)
 

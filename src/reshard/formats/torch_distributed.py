@@ -64,14 +64,34 @@ def is_distributed(leaf: object) -> bool:
     return isinstance(leaf, Rebuilt) and leaf.cls.name in ("DTensor", "ShardedTensor")
 
 
-def share(leaf: Rebuilt, where: str) -> Share:
-    """The share of the rank whose file this leaf is from. `where` names file and FQN for messages.
+class WrongShape(Corrupt):
+    """A local tensor has not the shape that the placements give it."""
 
-    Raises Unsupported for partial sums and for placements and local tensors that are not known, Corrupt when the
-    local tensor has not the shape that the placements give it.
+
+def shares(leaves: Sequence[tuple[Rebuilt, str]]) -> list[Share]:
+    """What each rank holds of one tensor, of the leaf in its file and a name of file and FQN for messages.
+
+    Strided placements have two readings (see `core.mesh`): the one is taken that gives every rank the shape it has.
+    Where both do, they are the same (tried on all meshes up to 8 x 8 and sizes up to 100). Raises Unsupported for
+    partial sums and for placements and local tensors that are not known, Corrupt when a local tensor has not the shape
+    that its placements give it.
     """
     try:
-        return _sharded_tensor(leaf, where) if leaf.cls.name == "ShardedTensor" else _dtensor(leaf, where)
+        return [_share(leaf, where, False) for leaf, where in leaves]
+    except _WrongShape as error:
+        try:
+            return [_share(leaf, where, True) for leaf, where in leaves]
+        except _WrongShape:
+            raise Corrupt(str(error)) from None
+
+
+class _WrongShape(Corrupt):
+    """A local tensor has not the shape that the placements give it."""
+
+
+def _share(leaf: Rebuilt, where: str, literal: bool) -> Share:
+    try:
+        return _sharded_tensor(leaf, where) if leaf.cls.name == "ShardedTensor" else _dtensor(leaf, where, literal)
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise Corrupt(f"{where}: not a {leaf.cls.name} as torch pickles them: {error}"[:400]) from error
 
@@ -86,7 +106,7 @@ def plain_tensor(value: object) -> TensorRef | None:
 # -------------------------------------------------------------------------------------------------------- DTensor
 
 
-def _dtensor(leaf: Rebuilt, where: str) -> Share:
+def _dtensor(leaf: Rebuilt, where: str, literal: bool) -> Share:
     spec = _inert(leaf.attr("_spec"), where, "a DTensor's _spec")
     local = _local(leaf.attr("_local_tensor"), where)
     shape = _global_shape(leaf, spec, where)
@@ -106,11 +126,12 @@ def _dtensor(leaf: Rebuilt, where: str) -> Share:
         Mesh(tuple(mesh.sizes[i] for i in order)),
         [placements[i] for i in order],
         [coordinate[i] for i in order],
+        literal=literal,
     )
     places = [(place, part) for place, part in places if place.size]
     held = local_shape(places, shape)
     if held != tuple(local.size) and not (0 in held and 0 in local.size):
-        raise Corrupt(
+        raise _WrongShape(
             f"{where}: {cut} of shape {list(shape)} gives the rank at {list(coordinate)} the shape {list(held)},"
             f" it holds {list(local.size)}"
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from reshard.core.dtypes import DType, dtype
 from reshard.core.tensor import Deferred, Extent, Stored, Tensor, row_major
 from reshard.errors import Corrupt, Incomplete, InputError, NotFound, Unsupported, listed
 from reshard.formats import huggingface
-from reshard.formats.torch_distributed import is_distributed, plain_tensor, share
+from reshard.formats.torch_distributed import is_distributed, plain_tensor, shares
 from reshard.formats.torch_tensor import check_storage, fqn, stored, walk
 from reshard.storage import torch_zip
 from reshard.storage.files import Files, LazySource
@@ -49,6 +49,8 @@ from reshard.storage.unpickle import (
 
 NAME = "torch_save"
 INDEX = "pytorch_model.bin.index.json"
+WHOLE = ("pytorch_model.bin", "adapter_model.bin")
+"""The file that a directory in HuggingFace's layout keeps its weights in, where it is one."""
 BARE = "tensor"
 """The FQN of a tensor that was saved by itself."""
 
@@ -379,7 +381,7 @@ def _for(file: File, name: str, ref: TensorRef) -> Tensor:
 
 def _local_whole(file: File, name: str, leaf: Rebuilt) -> Tensor:
     """A DTensor or ShardedTensor of which this file has everything; otherwise one that refuses to be read."""
-    held = share(leaf, f"{file.path}: {name}")
+    (held,) = shares([(leaf, f"{file.path}: {name}")])
     if held.is_whole and len(held.pieces) == 1:
         piece = held.pieces[0]
         return _for(file, name, piece.local)[piece.part.slices]
@@ -462,12 +464,12 @@ def matches(head: bytes) -> bool:
 
 
 def open(path: Path) -> Checkpoint:
-    """One file, or the directory or index of `pytorch_model.bin` shards, as a checkpoint; no storage is read.
+    """One file, or a directory or index of `pytorch_model.bin`, as a checkpoint; no storage is read.
 
     FQNs are the keys on the way to a tensor, joined with dots. What is not a tensor is in `objects`.
     """
     if path.is_dir() or path.name.endswith(".index.json"):
-        return open_sharded(path)
+        return _open_directory(path)
     files = Files()
     file = read(path, files)
     leaves = Leaves()
@@ -481,6 +483,15 @@ def open(path: Path) -> Checkpoint:
         notices=leaves.notices,
         locate=_locator(leaves.tensors),
     )
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    """HuggingFace's layout of the time before safetensors, companions included."""
+    whole = next((path / name for name in WHOLE if (path / name).is_file()), None)
+    if whole is None:
+        return open_sharded(path)
+    config, assets = huggingface.companions(path)
+    return replace(open(whole), config=config, assets=assets)
 
 
 def open_sharded(path: Path) -> Checkpoint:
@@ -542,7 +553,7 @@ _STORAGE_KINDS = {name: kind for kind, name in STORAGE_DTYPES.items() if kind !=
 
 
 def plan(
-    tensors: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
     path_in_plan: str,
     *,
     wrap: Wrap | None = None,
@@ -556,7 +567,7 @@ def plan(
     Raises Unsupported for what cannot be pickled.
     """
     archive = _Archive(carried)
-    state = OrderedDict((fqn, archive.refer(fqn, tensor)) for fqn, tensor in tensors.items())
+    state = OrderedDict((fqn, archive.refer(fqn, tensor)) for fqn, tensor in checkpoint.tensors.items())
     payload = dumps(wrap(state) if wrap else state, persistent_id=archive.persistent_id)
     prefix = archive_prefix(path_in_plan) if path_in_plan else name
     pieces = lay_out(prefix, payload, [tensor.nbytes for _, tensor in archive.storages])
