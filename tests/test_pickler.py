@@ -377,7 +377,7 @@ def test_value_of_an_unknown_type_is_unsupported() -> None:
 
 
 def test_names_that_a_pickle_cannot_hold_are_unsupported() -> None:
-    for name in ("two\nlines", "\ud800"):
+    for name in ("two\nlines", "\ud800", ""):
         with pytest.raises(Unsupported, match="class name"):
             dumps(Global("module", name))
 

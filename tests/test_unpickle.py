@@ -245,6 +245,26 @@ def test_other_tensors_stay_inert() -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_dtensor_shows_its_local_tensor_and_where_it_belongs() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+        loaded = read(torch_pickle(distribute_tensor(torch.zeros(6, 4), mesh, [Shard(0)])))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert isinstance(loaded, Rebuilt)
+    assert loaded.cls == Global("torch.distributed.tensor", "DTensor")
+    assert loaded.attr("_local_tensor").size == (3, 4)
+    spec = loaded.attr("_spec")
+    assert [(placement.cls.name, placement.attr("dim")) for placement in spec.attr("placements")] == [("Shard", 0)]
+    assert spec.attr("tensor_meta").cls.name == "TensorMeta"
+    assert spec.attr("tensor_meta").args[0] == Size((6, 4))
+
+
 @pytest.mark.parametrize(
     "change",
     [

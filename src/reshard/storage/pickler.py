@@ -404,8 +404,8 @@ def _python_3_name(found: Global) -> Global:
 
 def _name_lines(found: Global) -> bytes:
     """GLOBAL, which holds names as two lines."""
-    if "\n" in found.module + found.name:
-        raise Unsupported(f"a class name of two lines cannot be written: {found.module[:50]!r} {found.name[:50]!r}")
+    if "\n" in found.module + found.name or not (found.module and found.name):
+        raise Unsupported(f"a class name that is not one line: {found.module[:50]!r} {found.name[:50]!r}")
     try:
         return f"c{found.module}\n{found.name}\n".encode()
     except UnicodeEncodeError:

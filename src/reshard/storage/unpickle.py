@@ -937,21 +937,25 @@ class _explained:
         raise made(f"{self._where}: cannot read the pickle: {says}", hint=hint) from error
 
 
-def globals_in(data: bytes | memoryview, *, offset: int = 0, where: str = "pickle") -> list[Global]:
+def globals_in(data: bytes | memoryview, *, offset: int = 0) -> list[Global]:
     """Everything a pickle asks to import, sorted and each once; of a broken one, what it asks for up to there.
 
-    Found twice: by running it inertly, which no detour over the stack deceives, and from the opcodes that hold a name.
+    Found by running the pickle inertly, which no detour over the stack deceives. Where that fails, a real unpickler might
+    go on, so the names in the opcodes count too.
     """
     view = memoryview(data).cast("B")[offset:]
     names: set[tuple[str, str]] = set()
-    unpickler = _Unpickler(view, lambda pid: None, frozenset())
-    try:
-        with _explained(where):
-            end = pickle_end(view, 0)
-            _check_keys(view[:end], False)
-            names.update(named_globals(view[:end]))
-            _run(unpickler, end)
-    except ReshardError:
+    for records in (DCP_RECORDS, frozenset[str]()):
+        unpickler = _Unpickler(view, lambda pid: None, records)
+        try:
+            with _explained("audit"):
+                end = pickle_end(view, 0)
+                _check_keys(view[:end], bool(records))
+                _run(unpickler, end)
+            names.update(unpickler.globals)
+            break
+        except ReshardError:
+            names.update(unpickler.globals)
+    else:
         names.update(named_globals(view))
-    names.update(unpickler.globals)
     return [Global(module, name) for module, name in sorted(names)]
