@@ -161,6 +161,15 @@ def test_fused_experts_without_a_table_are_kept_and_said(config: dict[str, Any] 
     assert "fused experts are kept, as there is no table for" in result.notices[0]
 
 
+@pytest.mark.parametrize("config", [None, {"model_type": "something_new"}])
+def test_parts_without_a_table_are_kept_and_said(config: dict[str, Any] | None) -> None:
+    part = checkpoint({"model.language_model.norm.weight": literal(np.ones(2, "f4"))})
+    result = dialect.to_hub(part, config)
+    assert list(result) == list(part)
+    assert "names under model.language_model. are kept, as there is no table for" in result.notices[0]
+    assert dialect.to_hub(part, {"model_type": "qwen3_vl"}) is part
+
+
 def test_model_types_that_are_renamed_otherwise_are_said() -> None:
     result = dialect.to_hub(checkpoint({"a": literal(np.ones(1, "f4"))}), {"model_type": "kimi_linear"})
     assert "transformers 5 renames weights of kimi_linear, for which there is no table here" in result.notices[0]
@@ -173,9 +182,10 @@ def test_names_that_fit_neither_side_are_said() -> None:
     assert result.notices[1] == "names that are neither module nor hub names of llava are kept: extra.bias"
 
 
-def test_experts_that_cannot_be_split_are_an_error() -> None:
-    odd = checkpoint({"model.layers.0.mlp.experts.gate_up_proj": literal(np.ones((2, 5, 3), "f4"))})
-    with pytest.raises(Mismatch, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj: shape \[2, 5, 3\]"):
+@pytest.mark.parametrize("shape", [(2, 5, 3), (0, 4, 3), (4, 3)])
+def test_experts_that_cannot_be_split_are_an_error(shape: tuple[int, ...]) -> None:
+    odd = checkpoint({"model.layers.0.mlp.experts.gate_up_proj": literal(np.ones(shape, "f4"))})
+    with pytest.raises(Mismatch, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj: shape .* is not that of fused"):
         dialect.to_hub(odd, {"model_type": "qwen3_moe"})
 
 

@@ -68,7 +68,7 @@ class Experts:
 
     def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
         """The matrices of all experts, by name."""
-        if len(tensor.shape) != 3 or tensor.shape[1] % len(self.hub):
+        if len(tensor.shape) != 3 or not tensor.shape[0] or tensor.shape[1] % len(self.hub):
             raise Mismatch(f"{self.module.format(**at)}: shape {list(tensor.shape)} is not that of fused experts")
         rows = tensor.shape[1] // len(self.hub)
         return {
@@ -131,11 +131,21 @@ _IN_MODEL = tuple(
 _TOWERS = _under_model("vision_tower", "image_tower", "video_tower")
 _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Their modules lost the level `vision_model.` in transformers 5; the hub kept it."""
-_WITH_TOWER = frozenset(
-    """
-    llava llava_next llava_next_video llava_onevision vipllava video_llava paligemma gemma3 aya_vision got_ocr2
-    internvl mistral3 aria pp_chart2table
-    """.split()  # noqa: SIM905
+_WITH_TOWER = (
+    "aria",
+    "aya_vision",
+    "gemma3",
+    "got_ocr2",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral3",
+    "paligemma",
+    "pp_chart2table",
+    "video_llava",
+    "vipllava",
 )
 
 TABLES = (
@@ -165,6 +175,8 @@ TABLES = (
             "cohere2_moe",
             "mimo_v2_flash",
             "flint",
+            "mellum",
+            "dots3_note_text",
         ),
         inner=_PLAIN,
     ),
@@ -222,7 +234,7 @@ TABLES = (
     Table(("gpt_neox",), outer=(Rename("lm_head.{rest}", "embed_out.{rest}"),)),
     Table(("qwen2_vl", "qwen2_5_vl"), outer=_QWEN_VL),
     Table(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), outer=_OMNI),
-    Table(tuple(sorted(_WITH_TOWER)), outer=_LLAVA),
+    Table(_WITH_TOWER, outer=_LLAVA),
     Table(
         ("qwen2_audio", "voxtral", "audioflamingo3"),
         outer=(*_LLAVA_TEXT, *_under_model("audio_tower", "multi_modal_projector")),
@@ -266,16 +278,23 @@ FUSED_ON_HUB = frozenset(
 )
 """Model types whose fused experts transformers saves fused."""
 
-NOT_COVERED = frozenset(
-    """
-    axk1 axk2 bailing_hybrid cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_v4 ernie4_5_vl_moe gemma4_unified
-    glm5_next glm5_next_text gte hrm_text hunyuan_vl hy_v3 hy_v4 hyperclovax_vision_v2 inkling2 inkling2_text
-    inkling_mm_model jina_embeddings_v3 kimi_k25 kimi_linear kolibri1 laguna minimax_m3_vl mistral_large4
-    mistral_large4_text molmo2 nemo_speechlm nomic_bert olmo_hybrid pi0 qianfan_ocr qwen2_5_omni qwen3_omni_moe
-    qwen4_exp_text step3p7 unlimited_ocr
-    """.split()  # noqa: SIM905
-)
+_NOT_COVERED = """
+axk1 axk2 bailing_hybrid cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_v4 dots3_note ernie4_5_vl_moe gemma4_unified
+glm5_next glm5_next_text gte hrm_text hunyuan_vl hy_v3 hy_v4 hyperclovax_vision_v2 inkling2 inkling2_text
+inkling_mm_model jina_embeddings_v3 kimi_k25 kimi_linear kolibri1 laguna lfm3_vl minimax_m3_vl mistral_large4
+mistral_large4_text molmo2 nemo_speechlm nemotron_h_omni nomic_bert olmo_hybrid pi0 qianfan_ocr qwen2_5_omni
+qwen3_omni_moe qwen4_exp shieldgemma2 step3p7 t5gemma2 unlimited_ocr
+"""
+NOT_COVERED = frozenset(_NOT_COVERED.split())
 """Language models that transformers 5.23 renames in ways for which there is no table here."""
+
+_SAME_ON_HUB = """
+cohere2_vision deepseek_vl deepseek_vl_hybrid exaone4_5 florence2 gemma3n gemma4 glm46v glm4v glm4v_moe glm_ocr glmga
+idefics2 idefics3 janus lfm2_vl lighton_ocr llama4 minicpmv4_6 minicpmv4_7 minicpm_ocr muse_glimmer muse_spark ovis2
+qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3
+"""
+SAME_ON_HUB = frozenset(_SAME_ON_HUB.split())
+"""Composed models whose parts have one name in the module and on the hub."""
 
 
 def to_hub(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
@@ -468,11 +487,13 @@ def _left(
         known = f"transformers 5 renames weights of {model_type}, for which there is no table here"
         return [f"{known}: names are written as they are, and other loaders may not know them"]
     notices = []
+    kind = f"model type {model_type}" if model_type else "a model without a config"
     types = {model_type, _model_type((config or {}).get("text_config"))}
     fused = [] if types & FUSED_ON_HUB else [fqn for fqn, t in tensors.items() if _is_fused(fqn, t)]
     if fused:
-        kind = f"model type {model_type}" if model_type else "a model without a config"
         notices.append(f"fused experts are kept, as there is no table for {kind}: {listed(fused, 3)}")
+    if not outer and model_type not in SAME_ON_HUB and any(fqn.startswith("model.language_model.") for fqn in tensors):
+        notices.append(f"names under model.language_model. are kept, as there is no table for {kind}")
     if any(row.module.startswith("model.") for row in outer):
         hub = [_pattern(row.hub) for row in outer]
         strange = [fqn for fqn in tensors if not any(p.fullmatch(fqn) for p in hub) and fqn != "lm_head.weight"]

@@ -184,6 +184,8 @@ def companions(directory: Path) -> tuple[Mapping[str, Any] | None, dict[str, Ten
     Only regular files count; links are followed, as the HuggingFace cache is made of them. Python files are carried
     when an `auto_map` names them (with what they import from beside them); they are never run.
     """
+    if not directory.is_dir():
+        raise NotFound(f"{directory}: no such directory")
     config = read_json(directory / CONFIG) if _is_file(directory / CONFIG) else None
     names = [n for n in sorted(os.listdir(directory)) if any(fnmatchcase(n, pattern) for pattern in COMPANIONS)]
     names += sorted(_code(directory))
