@@ -940,8 +940,8 @@ class _explained:
 def globals_in(data: bytes | memoryview, *, offset: int = 0) -> list[Global]:
     """Everything a pickle asks to import, sorted and each once; of a broken one, what it asks for up to there.
 
-    Found by running the pickle inertly, which no detour over the stack deceives. Where that fails, a real unpickler might
-    go on, so the names in the opcodes count too.
+    Found by running the pickle inertly, which no detour over the stack deceives. Where that fails, a real unpickler
+    might go on, so the names in the opcodes count too.
     """
     view = memoryview(data).cast("B")[offset:]
     names: set[tuple[str, str]] = set()
