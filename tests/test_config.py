@@ -108,6 +108,13 @@ def test_models_without_a_head_need_none(architectures: list[str] | None) -> Non
     assert reconcile(given, weights(head=False))[0] is given
 
 
+@pytest.mark.parametrize("head", ["lm_head.out_proj.weight", "language_model.lm_head.weight", "embed_out.weight"])
+def test_a_head_of_another_name_is_a_head(head: str) -> None:
+    given = config(architectures=["XForConditionalGeneration"])
+    tensors = weights(head=False) | {head: tensor("bfloat16", 32, 8)}
+    assert reconcile(given, tensors)[0] is given
+
+
 def test_a_tied_model_needs_no_head() -> None:
     given = config(tie_word_embeddings=True)
     assert reconcile(given, weights(head=False))[0] is given

@@ -8,7 +8,7 @@
     DIR/tokenizer.json, *.jinja, *.model ...   companions, carried byte for byte
 
 Source: transformers 5.23 `PreTrainedModel.save_pretrained` and `PreTrainedConfig.to_json_string`, huggingface_hub 1.x
-`serialization/_base.py` (the rule that fills shard files), peft 0.17 `get_peft_model_state_dict` (names of adapters).
+`serialization/_base.py` (the rule that fills shard files), peft `get_peft_model_state_dict` (names of adapters).
 Files without `__metadata__` and with unaligned data are read too: torch's `consolidate_safetensors_files` writes them.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,8 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 """transformers 5 writes the first, transformers 4 the second."""
 _WEIGHTS = ("F16", "BF16", "F32", "F64")
 """Types that a config may name; 8-bit weights are described by `quantization_config`."""
+_HEAD = re.compile(r"(?:^|\.)(?:\w*head|embed_out|proj_out|output_projection|output)\.")
+"""In the FQN of anything that may be an output layer, whatever a family calls it."""
 _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -85,7 +88,7 @@ def _is_stale(name: str, wanted: DType, held: Counter[DType], nested: bool) -> b
 
 def _tied(config: Mapping[str, Any], tensors: Mapping[str, Tensor], changes: list[str]) -> Mapping[str, Any]:
     source = tie.embeddings(tensors)
-    if source is None or any(head in tensors for head in tie.HEADS) or not _has_head(config):
+    if source is None or any(_HEAD.search(fqn) for fqn in tensors) or not _has_head(config):
         return config
     said = tie.says_tied(config)
     if said is False:
