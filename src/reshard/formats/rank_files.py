@@ -134,7 +134,9 @@ def choose(path: Path, names: Iterable[str], kind: str = "model") -> tuple[Group
     if len(complete) > 1:
         raise InputError(
             f"{path} holds {len(complete)} complete sets of {kind} files: {listed(map(str, complete))}",
-            hint="one of them is left over from another run: move the files that are not wanted away",
+            hint="move those that are left over from another run away"
+            if len({g.stem for g in complete}) == 1
+            else "say which one is meant by the beginning of its name",
         )
     stale = [g for g in wanted if g is not complete[0]]
     notices = (f"{path}: {complete[0]} is read; left aside: {listed(map(str, stale))}",) if stale else ()

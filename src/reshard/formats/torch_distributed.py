@@ -92,7 +92,7 @@ class _WrongShape(Corrupt):
 def _share(leaf: Rebuilt, where: str, literal: bool) -> Share:
     try:
         return _sharded_tensor(leaf, where) if leaf.cls.name == "ShardedTensor" else _dtensor(leaf, where, literal)
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise Corrupt(f"{where}: not a {leaf.cls.name} as torch pickles them: {error}"[:400]) from error
 
 

@@ -435,20 +435,26 @@ def module_state(value: Any) -> Mapping[str, Any] | None:
         prefix, module, ancestors = stack.pop()
         if id(module) in ancestors or len(ancestors) > 1000:
             continue
-        private = module.attr("_non_persistent_buffers_set") or ()
-        for kind in ("_parameters", "_buffers"):
-            for name, tensor in (module.attr(kind) or {}).items():
-                if tensor is not None and not (kind == "_buffers" and name in private):
-                    found[f"{prefix}{name}"] = tensor
+        private = module.attr("_non_persistent_buffers_set")
+        private = private if isinstance(private, set) else set()
+        found |= {f"{prefix}{name}": tensor for name, tensor in _held(module, "_parameters")}
+        found |= {f"{prefix}{name}": tensor for name, tensor in _held(module, "_buffers") if name not in private}
         children = [
             (f"{prefix}{name}.", child, (*ancestors, id(module)))
-            for name, child in (module.attr("_modules") or {}).items()
+            for name, child in _held(module, "_modules")
             if _is_module(child)
         ]
         stack.extend(reversed(children))
         if len(found) + len(stack) > _MAX_NUM_MODULE_TENSORS:
             raise Corrupt(f"a module of more than {_MAX_NUM_MODULE_TENSORS} tensors")
     return found
+
+
+def _held(module: Inert, kind: str) -> list[tuple[str, Any]]:
+    """The named values of one kind that a module holds."""
+    held = module.attr(kind)
+    pairs = held.items() if isinstance(held, dict) else ()
+    return [(name, value) for name, value in pairs if isinstance(name, str) and value is not None]
 
 
 def _is_module(value: object) -> bool:

@@ -9,8 +9,12 @@ from reshard.core.checkpoint import KeyPath
 from reshard.core.compute import byteswap, conjugate, negate
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Extent, Stored, Tensor
-from reshard.errors import Corrupt
+from reshard.errors import Corrupt, Unsupported
 from reshard.storage.unpickle import StorageRef, TensorRef
+
+
+MAX_NUM_DIMS = 64
+"""What numpy and torch can handle."""
 
 
 def check_storage(storage: StorageRef, nbytes: int, where: str) -> None:
@@ -25,6 +29,8 @@ def stored(ref: TensorRef, extent: Extent, byteorder: str = "little") -> Tensor:
 
     Raises Corrupt when it reaches past its storage, Unsupported for dtypes that are not read.
     """
+    if len(ref.size) > MAX_NUM_DIMS:
+        raise Unsupported(f"{extent.path}: a tensor of {len(ref.size)} dimensions")
     tensor: Tensor = Stored(dtype(ref.dtype), tuple(ref.size), extent, ref.offset, tuple(ref.stride))
     if byteorder == "big":
         tensor = byteswap(tensor)
@@ -66,7 +72,7 @@ def walk(
                 ancestors.pop()
 
 
-MAX_NUM_REPEATS = 1 << 22
+MAX_NUM_REPEATS = 1 << 19
 """Entries that are listed again because a second name refers to the same container."""
 _PLAIN = (str, bytes, int, float, complex, type(None))
 

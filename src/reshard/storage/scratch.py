@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,13 +20,14 @@ class Scratch:
     """Files that live as long as this object."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="reshard-", ignore_cleanup_errors=True)
+        self._directory = Path(tempfile.mkdtemp(prefix="reshard-"))
+        weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._count = 0
 
     def decoded(self, pieces: Iterable[bytes], limit_nbytes: int, where: str) -> Extent:
         """All pieces in a file, as one extent. Raises Corrupt, naming `where`, past the limit."""
         self._count += 1
-        path = Path(self._directory.name) / str(self._count)
+        path = self._directory / str(self._count)
         nbytes = 0
         with path.open("wb") as file:
             for piece in pieces:
