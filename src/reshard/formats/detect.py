@@ -138,6 +138,9 @@ def _of_file(path: Path) -> Found:
         or _HF_SHARD.fullmatch(name)
     ):
         return find(path.parent)
+    deepspeed = _deepspeed_directory(path)
+    if deepspeed is not None:
+        return find(deepspeed)
     if name.endswith(".index.json") or re.fullmatch(r"(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)", name):
         return find(path.parent)
     if name in (".tmp", ".metadata.tmp"):
@@ -145,6 +148,19 @@ def _of_file(path: Path) -> Found:
     if name.endswith(".safetensors"):
         return _single(path, "safetensors", "safetensors")
     return _single(path, "torch_save", "torch.save")
+
+
+def _deepspeed_directory(path: Path) -> Path | None:
+    """The directory of the DeepSpeed checkpoint that a file is a part of, which is nothing without the rest."""
+    from reshard.formats import deepspeed
+
+    directory = path.parent
+    if deepspeed.is_state_file(path.name) or path.name == "zero_to_fp32.py":
+        return directory
+    if path.name in ("latest", "latest_universal"):
+        return directory if _latest(directory, _names(directory)) is not None else None
+    zero = directory if path.name == "optimizer_state.pt" else directory.parent
+    return zero if zero.name == deepspeed.UNIVERSAL and deepspeed.is_universal(zero.parent) else None
 
 
 def _single(path: Path, format: str, writer: str) -> Found:
@@ -164,6 +180,9 @@ def _of_directory(path: Path, step: int | None, dirname: str | None, depth: int)
                 return found
     if depth == 0:
         return None
+    tagged = _latest(path, names) if step is None and dirname is None else None
+    if tagged is not None:
+        return tagged
     children = numbered(path)
     if children:
         return _newest(path, children, step, dirname, depth)
@@ -273,19 +292,34 @@ def _full(path: Path, names: Sequence[str]) -> Found | None:
 def _whole(path: Path, names: Sequence[str]) -> Found | None:
     if not set(_WHOLE) & set(names):
         return None
-    return Found(path, (Part(MODEL, "huggingface", path),), "HuggingFace", _step_of(path))
+    tag = _latest(path, names)
+    notices = () if tag is None else (f"{tag.parts[0].path} holds its fp32 weights too; name it to merge those",)
+    return Found(path, (Part(MODEL, "huggingface", path),), "HuggingFace", _step_of(path), notices=notices)
 
 
 def _deepspeed(path: Path, names: Sequence[str]) -> Found | None:
-    states = any(n.endswith(("_optim_states.pt", "_model_states.pt", "-model_states.pt")) for n in names)
-    if states or "zero" in names or "latest" in names or "latest_universal" in names:
-        if (
-            not states
-            and "zero" not in names
-            and not any(re.match(r"(global_step\d+|pytorch_model)", n) and (path / n).is_dir() for n in names)
-        ):
-            return None
-        return Found(path, (Part(MODEL, "deepspeed", path),), "DeepSpeed", _step_of(path))
+    """A tag's directory, or a universal checkpoint's, or the `zero` directory in one."""
+    from reshard.formats import deepspeed
+
+    if path.name == deepspeed.UNIVERSAL and deepspeed.is_universal(path.parent):
+        path = path.parent
+    elif not deepspeed.matches(path, names):
+        return None
+    writer = "DeepSpeed (universal)" if deepspeed.is_universal(path) else "DeepSpeed"
+    tag = re.fullmatch(r"global_step(\d+)(?:_universal)?", path.name)
+    return Found(path, (Part(MODEL, "deepspeed", path),), writer, int(tag[1]) if tag else _step_of(path))
+
+
+def _latest(path: Path, names: Sequence[str]) -> Found | None:
+    """The tag of DeepSpeed that a run's `latest` names, or its conversion that `latest_universal` does."""
+    for pointer in ("latest", "latest_universal"):
+        if pointer not in names or not (path / pointer).is_file() or (path / pointer).stat().st_size > 4096:
+            continue
+        tag = (path / pointer).read_text(errors="replace").strip()
+        if tag in names and (path / tag).is_dir():
+            found = _deepspeed(path / tag, _names(path / tag))
+            if found is not None:
+                return replace(found, root=path, step=_step_of(path) if found.step is None else found.step)
     return None
 
 
