@@ -170,7 +170,7 @@ class Stored(Tensor):
 
     def __post_init__(self) -> None:
         contiguous = row_major(self.shape)
-        if not self.strides and self.shape:
+        if not self.strides or _is_row_major(self.shape, self.strides):  # of a dimension of 1 any stride will do
             object.__setattr__(self, "strides", contiguous)
         if len(self.strides) != len(self.shape):
             raise Corrupt(f"{self.extent.path}: {len(self.strides)} strides for shape {list(self.shape)}")
@@ -185,6 +185,16 @@ class Stored(Tensor):
                 )
         dense = self.strides == contiguous and self.offset == 0 and self.nbytes == self.extent.nbytes
         object.__setattr__(self, "dense", dense)
+
+    def over(self, extent: Extent) -> Stored:
+        """The same layout over another extent of as many bytes, checked already."""
+        if extent.nbytes != self.extent.nbytes:
+            raise Corrupt(f"{extent.path}: {extent.nbytes} bytes stored, {self.extent.nbytes} expected")
+        twin = object.__new__(Stored)
+        for name in _STORED_FIELDS:
+            object.__setattr__(twin, name, getattr(self, name))
+        object.__setattr__(twin, "extent", extent)
+        return twin
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         if self.dense and box.shape == self.shape and out.flags.c_contiguous:
@@ -216,6 +226,8 @@ class Stored(Tensor):
             for part in _halves(box, dim, middle):
                 self._read_span(part, out[part.shift([-a for a in box.start]).slices], source)
 
+
+_STORED_FIELDS = ("dtype", "shape", "offset", "strides", "dense")
 
 _SPAN_NBYTES = 1 << 18
 """A span of no more bytes than this is read whole, however few of them are wanted."""
@@ -274,7 +286,7 @@ class Concat(Tensor):
     """For each part the furthest end in dimension 0 of it and all before it: where a search may begin."""
 
     def __post_init__(self) -> None:
-        parts = tuple(sorted((p for p in self.parts if p[0].size), key=lambda p: p[0].start))
+        parts = tuple(sorted((p for p in self.parts if 0 not in p[1].shape), key=lambda p: p[0].start))
         for box, part in parts:
             if box.shape != part.shape or part.dtype is not self.dtype:
                 raise Corrupt(
@@ -294,6 +306,10 @@ class Concat(Tensor):
         if not self.shape:
             for _, part in self.parts:
                 part.read_into(box, out, source)
+            return
+        if box.shape == self.shape:
+            for place, part in self.parts:
+                part.read_into(Box.whole(part.shape), out[place.slices], source)
             return
         origin = [-a for a in box.start]
         last = box.stop[0]
@@ -481,6 +497,8 @@ def row_major(shape: Sequence[int]) -> Shape:
 
 def tiling_problem(shape: Shape, boxes: Sequence[Box]) -> Corrupt | Incomplete | None:
     """Why these non-empty boxes, sorted by their start, do not tile a tensor of this shape; None when they do."""
+    if shape and _rows_tile(shape, boxes):
+        return None
     for box in boxes:
         if len(box.start) != len(shape) or any(
             a < 0 or b > n for a, b, n in zip(box.start, box.stop, shape, strict=True)
@@ -496,6 +514,16 @@ def tiling_problem(shape: Shape, boxes: Sequence[Box]) -> Corrupt | Incomplete |
             f" ({len(boxes)} chunks: {'; '.join(_place(b) for b in boxes[:4])}{' ...' if len(boxes) > 4 else ''})"
         )
     return None
+
+
+def _rows_tile(shape: Shape, boxes: Sequence[Box]) -> bool:
+    """The usual case, quickly: boxes cut dimension 0 and nothing else, one after the other."""
+    at, rest = 0, shape[1:]
+    for box in boxes:
+        if box.start[0] != at or box.stop[1:] != rest or any(box.start[1:]) or box.stop[0] <= at:
+            return False
+        at = box.stop[0]
+    return at == shape[0]
 
 
 def _overlap(shape: Shape, boxes: Sequence[Box]) -> tuple[Box, Box] | None:

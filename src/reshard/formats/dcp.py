@@ -32,7 +32,7 @@ from reshard.core.tensor import Concat, Deferred, Extent, Literal, Stored, Tenso
 from reshard.errors import Corrupt, Incomplete, InputError, ReshardError, Unsupported, listed
 from reshard.formats import safetensors
 from reshard.formats.torch_tensor import check_storage, stored, walk
-from reshard.storage.files import Files, LazySource
+from reshard.storage.files import Files, LazySource, gc_paused
 from reshard.storage.scratch import Scratch, stream, zstd
 from reshard.storage.torch_zip import SMALL_NBYTES
 from reshard.storage.unpickle import DCP_RECORDS, QTensorRef, Rebuilt, Record, TensorRef, TorchDType, load
@@ -95,11 +95,12 @@ def open(path: Path) -> Checkpoint:
     """
     index, sizes = _Index(), _sizes(path)
     metadata = _metadata_files(path, sizes)
-    for name in metadata:
-        _read_metadata(path / name, index)
-    _check_files(path, index, sizes)
-    for name, wanted in index.tensors.items():
-        _check_chunks(path, name, wanted)
+    with gc_paused():
+        for name in metadata:
+            _read_metadata(path / name, index)
+        _check_files(path, index, sizes)
+        for name, wanted in index.tensors.items():
+            _check_chunks(path, name, wanted)
     reader = _Entries(path, index)
     tensors: dict[str, Tensor] = {
         name: Deferred(w.dtype, w.shape, partial(reader.one, name)) for name, w in index.tensors.items()
@@ -339,10 +340,9 @@ class _Layout(NamedTuple):
     """What the pickle of an entry says: the same for all entries of one dtype and shape."""
 
     ref: TensorRef
-    dtype: DType
     nbytes: int
-    is_plain: bool
-    """Row-major, all of its storage, no bits to apply."""
+    plain: Stored | None
+    """The tensor over another entry's bytes; None when there are bits to apply to them."""
 
 
 class _Entries:
@@ -371,10 +371,11 @@ class _Entries:
         for name, w in wanted.items():
             for number, chunk in enumerate(w.chunks):
                 queues[chunk.piece.file].append((chunk, name, number))
-        for file, queue in queues.items():
-            queue.sort(key=lambda item: item[0].piece.offset)
-            self._locate_in(file, queue, wanted, parts)
-        return {name: _assembled(name, w, parts[name]) for name, w in wanted.items()}
+        with gc_paused():
+            for file, queue in queues.items():
+                queue.sort(key=lambda item: item[0].piece.offset)
+                self._locate_in(file, queue, wanted, parts)
+            return {name: _assembled(self.path, name, w, parts[name]) for name, w in wanted.items()}
 
     def objects(self) -> dict[str, Any]:
         """What is not a tensor, by FQN; tensors that hide in it go to `tensors_in_objects`."""
@@ -419,8 +420,8 @@ class _Entries:
             known = self._layouts[id(framing)] = (framing, _layout(path, entry))
         layout = known[1]
         extent = Extent(path, entry.start + framing.storages[0].offset, layout.nbytes, entry.crc32s[0])
-        if layout.is_plain:
-            return Stored(layout.dtype, layout.ref.size, extent)
+        if layout.plain is not None:
+            return layout.plain.over(extent)
         return stored(layout.ref, extent, framing.byteorder)
 
     def _compressed(self, chunk: _Chunk, kind: DType) -> Tensor:
@@ -492,10 +493,8 @@ def _layout(path: str, entry: Entry) -> _Layout:
         raise Corrupt(f"{where}: one storage {value.storage.key!r} is expected in the archive")
     nbytes = entry.framing.storages[0].nbytes
     check_storage(value.storage, nbytes, where)
-    kind = dtype(value.dtype)
     node = stored(value, Extent(path, 0, nbytes), entry.framing.byteorder)
-    is_plain = isinstance(node, Stored) and node.dense
-    return _Layout(value, kind, nbytes, is_plain)
+    return _Layout(value, nbytes, node if isinstance(node, Stored) else None)
 
 
 def _storage_extents(path: str, entry: Entry) -> dict[str, Extent]:
@@ -503,7 +502,7 @@ def _storage_extents(path: str, entry: Entry) -> dict[str, Extent]:
     return {s.key: Extent(path, entry.start + s.offset, s.nbytes, crc) for s, crc in storages}
 
 
-def _assembled(name: str, wanted: _Wanted, parts: Sequence[Tensor]) -> Tensor:
+def _assembled(path: Path, name: str, wanted: _Wanted, parts: Sequence[Tensor]) -> Tensor:
     """One tensor of its chunks, at the places that the metadata claims and the entries confirm."""
     chunks = wanted.chunks
     if all(
@@ -512,13 +511,16 @@ def _assembled(name: str, wanted: _Wanted, parts: Sequence[Tensor]) -> Tensor:
     ):
         places = [(Box.at(c.offsets, c.sizes), p) for c, p in zip(chunks, parts, strict=True) if not c.is_empty]
     else:
-        places = _repaired(name, wanted, parts)
+        places = _repaired(path, name, wanted, parts)
     if len(places) == 1 and places[0][1].shape == wanted.shape and places[0][1].dtype is wanted.dtype:
         return places[0][1]
-    return _for(name, Concat, wanted.dtype, wanted.shape, tuple(places))
+    try:
+        return Concat(wanted.dtype, wanted.shape, tuple(places))
+    except InputError as error:
+        raise type(error)(f"{path}: {name}: the entries are not what .metadata says: {error}") from error
 
 
-def _repaired(name: str, wanted: _Wanted, parts: Sequence[Tensor]) -> list[tuple[Box, Tensor]]:
+def _repaired(path: Path, name: str, wanted: _Wanted, parts: Sequence[Tensor]) -> list[tuple[Box, Tensor]]:
     """Places for entries whose size is not what their chunk claims: end to end, if that tiles the tensor.
 
     Raises Corrupt, saying what lies where, if it does not.
@@ -526,7 +528,7 @@ def _repaired(name: str, wanted: _Wanted, parts: Sequence[Tensor]) -> list[tuple
     found = sorted(zip(wanted.chunks, parts, strict=True), key=lambda item: item[0].offsets)
     lies = [(c, p) for c, p in found if p.shape != c.sizes and (p.size or not c.is_empty)]
     problem = Corrupt(
-        f"{name}: {len(lies)} of {len(found)} chunks are not the size that .metadata claims: "
+        f"{path}: {name}: {len(lies)} of {len(found)} chunks are not the size that .metadata claims: "
         + listed((f"{list(c.sizes)} at {list(c.offsets)} holds {list(p.shape)}" for c, p in lies), 3),
         hint="torch 2.13 and later write such checkpoints for uneven FSDP x TP; save with sizes that divide",
     )

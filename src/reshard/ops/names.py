@@ -37,7 +37,7 @@ def model_only(checkpoint: Checkpoint) -> Checkpoint:
     containers: list[str] = []
     while True:
         roots = Counter(str(path[0]) for path in paths.values())
-        inside = {root for root in roots if any(len(p) > 1 and str(p[0]) == root for p in paths.values())}
+        inside = {str(path[0]) for path in paths.values() if len(path) > 1}
         named = next((c for c in _CONTAINERS if c in inside), None)
         if named is None or (len(roots) > 1 and not _others_are_no_model(roots, named)):
             break

@@ -5,10 +5,12 @@ A `Reader` is the `Source` of one thread. All readers of a run share the open fi
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,15 @@ class Files:
 
     def pread(self, path: str, offset: int, nbytes: int) -> bytes:
         """Bytes of the file. Raises Incomplete when they are not all there."""
-        if nbytes > self.nbytes(path) - offset:
-            raise Incomplete(f"{path}: {nbytes} bytes wanted at offset {offset} of {self.nbytes(path)}")
-        out = bytearray(nbytes)
-        if nbytes:
+        descriptor = self._open.get(path) or self._opened(path)
+        if offset + nbytes > descriptor.nbytes:
+            raise Incomplete(f"{path}: {nbytes} bytes wanted at offset {offset} of {descriptor.nbytes}")
+        data = os.pread(descriptor.fd, nbytes, offset)
+        if len(data) != nbytes:  # the kernel gives at most 2 GiB at once
+            out = bytearray(nbytes)
             self.pread_into(path, offset, out)
-        return bytes(out)
+            data = bytes(out)
+        return data
 
     def nbytes(self, path: str) -> int:
         """Size of the file."""
@@ -235,6 +240,18 @@ class Recorder:
     def scratch(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
         """An array of this shape that takes no memory."""
         return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: it walks millions of new objects over and over, none of them garbage yet."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def file_extent(path: Path) -> Extent:
