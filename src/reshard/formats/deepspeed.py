@@ -377,6 +377,21 @@ def _interleaved(ranks: Groups, shapes: Sequence[Mapping[str, Shape]], where: st
     return found
 
 
+def _shapes_by_slices(model: _ModelStates, optim: Sequence[_OptimStates]) -> tuple[dict[str, Shape], ...]:
+    """What `param_shapes` would be, for bfloat16 without ZeRO: order by `param_slice_mappings`, shapes by `module`."""
+    groups = []
+    for number in range(len(optim[0].parts)):
+        places: dict[str, int] = {}
+        first = 0
+        for states in optim:
+            for name, (start, _) in states.slices[number].items():
+                places.setdefault(name, first + start)
+            first += states.parts[number].size
+        refs = {name: plain_tensor(model.module.get(name)) for name in sorted(places, key=lambda n: places[n])}
+        groups.append({name: tuple(ref.size) for name, ref in refs.items() if ref is not None})
+    return tuple(groups)
+
+
 def _check_slices(optim: Sequence[_OptimStates], shapes: Sequence[Mapping[str, Shape]]) -> None:
     """Raise Corrupt when a rank says of a parameter that it lies elsewhere than the order of `param_shapes` does."""
     for number, group in enumerate(shapes):
@@ -431,16 +446,17 @@ def _rebuilt(path: Path, listing: Listing, model: _ModelStates, files: Files) ->
         described = [(part.dtype, states.is_stage3) for part in states.parts]
         if described != [(part.dtype, first.is_stage3) for part in first.parts]:
             raise Corrupt(f"{states.file.path}: other groups than in {first.file.path.name}")
-    if not first.is_stage3 and len(first.parts) != len(model.groups):
-        raise Corrupt(f"{path}: {len(first.parts)} groups of weights, {len(model.groups)} of shapes in param_shapes")
+    shapes = model.groups or _shapes_by_slices(model, optim)
+    if not first.is_stage3 and len(first.parts) != len(shapes):
+        raise Corrupt(f"{path}: {len(first.parts)} groups of weights, {len(shapes)} of shapes in param_shapes")
     lay_out = _interleaved if first.is_stage3 else _end_to_end
     if not first.is_stage3:
-        _check_slices(optim, model.groups)
-    weights = lay_out([states.parts for states in optim], model.groups, str(path)) if first.parts else {}
+        _check_slices(optim, shapes)
+    weights = lay_out([states.parts for states in optim], shapes, str(path)) if first.parts else {}
     placement = f"ZeRO {'3: each parameter' if first.is_stage3 else '1 or 2: flat groups'} cut over {len(ranks)} ranks"
     found = _Trained(weights, num_ranks=len(ranks), placement=placement, is_stage3=first.is_stage3)
     found.files = [states.file.path for states in optim]
-    _add_states(found, optim, model.groups, lay_out)
+    _add_states(found, optim, shapes, lay_out)
     return found
 
 
