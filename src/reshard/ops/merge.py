@@ -20,7 +20,7 @@ from reshard.core.checkpoint import Checkpoint
 from reshard.core.compute import cast
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Tensor, leaves
-from reshard.errors import NotFound, OutputError, listed
+from reshard.errors import Corrupt, NotFound, OutputError, listed
 from reshard.formats import open_found
 from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find
 from reshard.ops import names
@@ -143,8 +143,12 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
     opened = replace(opened, config=config, assets=assets)
     checkpoint = _chosen(opened, options)
     kind = kind_of(output)
-    if options.what == "model" and not options.keep_names and kind != "torch_save":
-        checkpoint = _as_huggingface(checkpoint)
+    if options.what == "model":
+        checkpoint = _shaped(checkpoint)
+        if not options.keep_names and kind != "torch_save":
+            checkpoint = _as_huggingface(checkpoint)
+    else:
+        _check_optimizer(checkpoint)
     if options.dtype is not None:
         to = dtype(options.dtype)
         checkpoint = replace(checkpoint, tensors={n: cast(t, to) for n, t in checkpoint.tensors.items()})
@@ -164,7 +168,7 @@ def planned(
 ) -> Prepared:
     """The plan of a checkpoint that has its final tensors; `recipe` goes into the manifest, under `source`."""
     kind = kind_of(output)
-    checkpoint, plan = _plan(found, checkpoint, kind, options)
+    checkpoint, plan = _plan(found, checkpoint, output, options)
     origin = checkpoint.origin
     source_facts = {
         "path": str(origin.path), "format": origin.format, "writer": origin.writer, "step": origin.step,
@@ -254,6 +258,38 @@ def _filtered(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     return checkpoint.select(chosen) if len(chosen) < len(checkpoint) else checkpoint
 
 
+def _shaped(checkpoint: Checkpoint) -> Checkpoint:
+    """FSDP1's LOCAL_STATE_DICT holds flattened parameters: give them the shapes that the config implies."""
+    if checkpoint.origin.format != "rank_files":
+        return checkpoint
+    from reshard.dialects.shapes import parameter_shapes
+    from reshard.formats import rank_files
+
+    flat = rank_files.flat(checkpoint)
+    if not flat:
+        return checkpoint
+    if checkpoint.config is None:
+        raise NotFound(
+            f"{checkpoint.origin.path}: FSDP1 local shards hold {len(flat)} flattened parameters and no shapes",
+            hint="--base DIR_OR_HUB_ID names the model whose config.json gives them, --keep-names writes them flat",
+        )
+    return rank_files.shaped(checkpoint, parameter_shapes(checkpoint.config))
+
+
+def _check_optimizer(checkpoint: Checkpoint) -> None:
+    """Raise Corrupt where both moments of Adam are one storage: torch 2.13 on CPU writes FSDP1's full state so."""
+    tensors = checkpoint.tensors
+    alike = [
+        fqn for fqn, tensor in tensors.items()
+        if fqn.endswith(".exp_avg") and tensor.size and tensors.get(fqn + "_sq") is tensor
+    ]  # fmt: skip
+    if alike:
+        raise Corrupt(
+            f"{checkpoint.origin.path}: exp_avg and exp_avg_sq are one storage for {listed(alike)}",
+            hint="torch saved the same buffer twice, so exp_avg is lost; the model itself is not affected",
+        )
+
+
 def _as_huggingface(checkpoint: Checkpoint) -> Checkpoint:
     """Hub names, ties written once, and the config as training left it."""
     from reshard.dialects import transformers
@@ -266,12 +302,13 @@ def _as_huggingface(checkpoint: Checkpoint) -> Checkpoint:
     return tie(transformers.to_hub(checkpoint, config), config)
 
 
-def _plan(found: Found, checkpoint: Checkpoint, kind: Kind, options: Options) -> tuple[Checkpoint, Plan]:
+def _plan(found: Found, checkpoint: Checkpoint, output: Path, options: Options) -> tuple[Checkpoint, Plan]:
     from reshard.formats import huggingface, safetensors
     from reshard.ops.config import reconcile
 
+    kind = kind_of(output)
     if kind == "torch_save":
-        return _plan_torch_save(found, checkpoint, options)
+        return _plan_torch_save(found, checkpoint, output, options)
     if kind == "safetensors":
         return checkpoint, Plan((safetensors.plan_file("", checkpoint.tensors, {"format": "pt"}),))
     if checkpoint.config is not None and options.what == "model":
@@ -283,11 +320,27 @@ def _plan(found: Found, checkpoint: Checkpoint, kind: Kind, options: Options) ->
     return checkpoint, huggingface.plan(checkpoint, max_shard_nbytes=limit)
 
 
-def _plan_torch_save(found: Found, checkpoint: Checkpoint, options: Options) -> tuple[Checkpoint, Plan]:
-    """`{"state_dict": ..., "cfg": ...}` for a checkpoint with Lightning's meta.pt, else the state dict alone."""
-    from reshard.formats import torch_save
+def _plan_torch_save(found: Found, checkpoint: Checkpoint, output: Path, options: Options) -> tuple[Checkpoint, Plan]:
+    """`.ckpt`: `{"state_dict": ..., "cfg": ...}`, the configuration from meta.pt; else the state dict alone."""
+    from reshard.formats import lightning, torch_save
 
-    return torch_save.planned(found.root, checkpoint, options.cfg_key)
+    if output.suffix != ".ckpt":
+        return checkpoint, Plan((torch_save.plan(checkpoint, "", name=output.stem),))
+    config = lightning.find_config(found.root, options.cfg_key)
+    if config is None:
+        plan = torch_save.plan(checkpoint, "", wrap=lambda state: {"state_dict": state}, name=output.stem)
+        notices = ("no configuration was found: the output has state_dict only",)
+    else:
+        value = config.value
+        plan = torch_save.plan(
+            checkpoint,
+            "",
+            wrap=lambda state: {"state_dict": state, "cfg": value},
+            carried=config.file,
+            name=output.stem,
+        )
+        notices = (f"cfg is {config.key!r} of {config.file.path.name}",)
+    return replace(checkpoint, notices=checkpoint.notices + notices), Plan((plan,))
 
 
 # -------------------------------------------------------------------------------------------------- after the run
