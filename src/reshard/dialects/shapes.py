@@ -103,7 +103,8 @@ def _mixtral_experts(config: Mapping[str, Any], prefix: str) -> Named:
 
 
 def _qwen3_experts(config: Mapping[str, Any], prefix: str) -> Named:
-    hidden, inner, experts = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
+    hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
+    experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"]  # transformers 4 and 5
     yield f"{prefix}mlp.gate.weight", (experts, hidden)
     yield f"{prefix}mlp.experts.gate_up_proj", (experts, 2 * inner, hidden)
     yield f"{prefix}mlp.experts.down_proj", (experts, hidden, inner)

@@ -436,7 +436,9 @@ def shaped(checkpoint: Checkpoint, shapes: Mapping[str, Shape]) -> Checkpoint:
             hint="give the config.json of the model that was trained",
         )
     tensors = {
-        name: tensor.reshape(shapes[name]) if isinstance(tensor, Flat) else tensor
+        name: Concat(tensor.dtype, tensor.shape, tensor.parts).reshape(shapes[name])
+        if isinstance(tensor, Flat)
+        else tensor
         for name, tensor in checkpoint.tensors.items()
     }
     notices = tuple(n for n in checkpoint.notices if not n.startswith("flat: "))
