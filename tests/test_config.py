@@ -130,10 +130,15 @@ def test_the_vocabulary_is_as_large_as_the_embeddings() -> None:
     assert changes == ["text_config.vocab_size: 32 -> 40: the rows of model.embed_tokens.weight"]
 
 
+def test_fewer_rows_than_the_config_says_are_lost_rows() -> None:
+    with pytest.raises(Mismatch, match=r"vocab_size is 32 in config\.json, model\.embed_tokens\.weight has 16 rows"):
+        reconcile({"vocab_size": 32}, weights(rows=16))
+
+
 def test_embeddings_and_a_head_of_two_sizes_fit_no_config() -> None:
     tensors = weights(rows=40) | {"lm_head.weight": tensor("bfloat16", 36, 8)}
     with pytest.raises(
-        Mismatch, match=r"vocab_size is 32, model\.embed_tokens\.weight has 40 rows and the head \[36\]"
+        Mismatch, match=r"vocab_size is 32 in config\.json, model\.embed_tokens\.weight has 40 rows, the head 36"
     ):
         reconcile(config(), tensors)
 

@@ -122,9 +122,17 @@ def test_files_of_torch_consolidation_are_read(tmp_path: Path) -> None:
     assert huggingface.open(tmp_path)["a"].numpy().tolist() == [1, 2]
 
 
-def test_a_header_without_a_dtype_is_refused(tmp_path: Path) -> None:
+def test_names_that_were_never_saved_are_passed_over_with_a_notice(tmp_path: Path) -> None:
     """What torch's consolidation writes for names of its mapping that were never saved."""
-    header = b'{"a":{"dtype":"","shape":[],"data_offsets":[0,0]}}'
+    header = b'{"a":{"dtype":"","shape":[],"data_offsets":[0,0]},"b":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    checkpoint = huggingface.open(tmp_path)
+    assert list(checkpoint) == ["b"]
+    assert checkpoint.notices == ("names without a tensor, which torch's consolidation lists: a",)
+
+
+def test_a_header_with_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"","shape":[1],"data_offsets":[0,0]}}'
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(Unsupported, match=r"model\.safetensors: a: unknown dtype ''"):
         huggingface.open(tmp_path)
@@ -331,10 +339,11 @@ def test_a_full_model_with_lora_inside_is_no_adapter(tmp_path: Path) -> None:
     assert not huggingface.is_adapter(adapter(tmp_path / "run", names))
 
 
-def test_an_adapter_without_its_config_is_incomplete(tmp_path: Path) -> None:
-    with pytest.raises(Incomplete, match=r"without adapter_config\.json") as caught:
-        huggingface.plan(adapter(tmp_path / "run", [AT + "lora_A.weight"], config=False))
-    assert "--base DIR" in str(caught.value.hint)
+def test_an_adapter_without_its_config_is_written_without_one(tmp_path: Path) -> None:
+    checkpoint = adapter(tmp_path / "run", [AT + "lora_A.weight"], config=False)
+    assert huggingface.lacks_adapter_config(checkpoint)
+    run(huggingface.plan(checkpoint), tmp_path / "out")
+    assert set(files(tmp_path / "out")) == {"adapter_model.safetensors"}
 
 
 def test_adapters_of_two_names_are_an_error(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ class Tensor:
 
     def unflatten(self, dim: int, sizes: Sequence[int]) -> Tensor:
         """Dimension `dim` cut into dimensions of `sizes`, row-major."""
-        if math.prod(sizes) != self.shape[dim]:
+        if not sizes or math.prod(sizes) != self.shape[dim]:
             raise ValueError(f"dimension {dim} of shape {list(self.shape)} into {list(sizes)}")
         shape = (*self.shape[:dim], *sizes, *self.shape[dim + 1 :])
         return Unflatten(self.dtype, shape, self, dim, tuple(sizes))
@@ -153,7 +153,9 @@ class Tensor:
         if shape == self.shape:
             return self
         flat = self.flatten() if len(self.shape) != 1 else self
-        return flat if shape == flat.shape else flat.unflatten(0, shape)
+        if shape == flat.shape:
+            return flat
+        return flat.unflatten(0, shape) if shape else squeeze(flat, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

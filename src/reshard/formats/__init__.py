@@ -33,7 +33,9 @@ def open_found(found: Found, roles: tuple[str, ...] = (MODEL,)) -> Checkpoint:
     """
     parts = [(part, open_part(part)) for part in found.parts if part.role in roles]
     first = parts[0][1]
-    origin = replace(first.origin, path=found.root, writer=found.writer, step=found.step)
+    writer = first.origin.writer if first.origin.writer.startswith(found.writer) else found.writer
+    step = first.origin.step if found.step is None else found.step
+    origin = replace(first.origin, path=found.root, writer=writer, step=step)
     if len(parts) == 1:
         return replace(first, origin=origin, notices=found.notices + first.notices)
     tensors: dict[str, Tensor] = {}

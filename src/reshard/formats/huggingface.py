@@ -114,15 +114,21 @@ def open(path: Path) -> Checkpoint:
     if entry.endswith(".json"):
         weight_map = read_index(directory / entry, files)
         shards = shard_paths(directory / entry, weight_map)
-        tensors = _indexed(directory / entry, weight_map, [safetensors.read(p, files) for p in shards])
+        read = [safetensors.read(p, files) for p in shards]
+        unsaved = {fqn for file in read for fqn in file.unsaved}
+        weight_map = {fqn: name for fqn, name in weight_map.items() if fqn not in unsaved}
+        tensors = _indexed(directory / entry, weight_map, read)
         shards = [directory / entry, *shards]
     else:
         shards = [directory / entry]
-        tensors = safetensors.read(directory / entry, files).tensors
+        file = safetensors.read(directory / entry, files)
+        tensors, unsaved = file.tensors, set(file.unsaved)
     config, assets = companions(directory)
     notices: tuple[str, ...] = ()
+    if unsaved:
+        notices = (f"names without a tensor, which torch's consolidation lists: {listed(sorted(unsaved))}",)
     if entry == WEIGHTS and (directory / INDEX).is_file():
-        notices = (f"{directory} holds both {WEIGHTS} and {INDEX}: {WEIGHTS} was read, as transformers does",)
+        notices += (f"{directory} holds both {WEIGHTS} and {INDEX}: {WEIGHTS} was read, as transformers does",)
     origin = Origin(directory, NAME, files=tuple(shards))
     return Checkpoint(tensors, origin, LazySource(files), config=config, assets=assets, notices=notices)
 
@@ -264,8 +270,7 @@ def _relative_imports(path: Path) -> set[str]:
 def plan(checkpoint: Checkpoint, *, max_shard_nbytes: int = MAX_SHARD_NBYTES) -> Plan:
     """The files of a model directory, or of an adapter's when the checkpoint holds an adapter only.
 
-    Tensors fill shard files in the checkpoint's order. Raises Incomplete when there are none, or when an adapter comes
-    without its adapter_config.json.
+    Tensors fill shard files in the checkpoint's order. Raises Incomplete when there are none.
     """
     if not checkpoint.tensors:
         raise Incomplete(f"{checkpoint.origin.path}: no tensors to write")
@@ -402,11 +407,11 @@ def _saved_name(fqn: str) -> str:
     return fqn if fqn.startswith(_PEFT_PREFIX) else _PEFT_PREFIX + fqn
 
 
+def lacks_adapter_config(checkpoint: Checkpoint) -> bool:
+    """Whether these are an adapter's tensors and nothing says how they were trained (rank, alpha, target modules)."""
+    return is_adapter(checkpoint) and ADAPTER_CONFIG not in checkpoint.assets
+
+
 def _plan_adapter(checkpoint: Checkpoint) -> Plan:
-    if ADAPTER_CONFIG not in checkpoint.assets:
-        raise Incomplete(
-            f"{checkpoint.origin.path}: the tensors of an adapter without {ADAPTER_CONFIG}",
-            hint=f"--base DIR with the {ADAPTER_CONFIG} that it was trained with",
-        )
     weights = _weights_file(ADAPTER_WEIGHTS, checkpoint.tensors)
     return Plan((weights, *_asset_files(checkpoint.assets)), {"format": NAME})

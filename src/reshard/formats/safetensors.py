@@ -36,6 +36,10 @@ class _Entry(msgspec.Struct):
     shape: list[int]
     data_offsets: tuple[int, int]
 
+    @property
+    def is_unsaved(self) -> bool:
+        return not self.dtype and not self.shape and self.data_offsets[0] == self.data_offsets[1]
+
 
 @dataclass(frozen=True, slots=True)
 class File:
@@ -44,6 +48,8 @@ class File:
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    unsaved: tuple[str, ...] = ()
+    """FQNs without dtype, shape or bytes: torch's consolidation lists names of its mapping that nobody saved."""
 
 
 def read(path: Path, files: Files | None = None, start: int = 0) -> File:
@@ -68,13 +74,16 @@ def read(path: Path, files: Files | None = None, start: int = 0) -> File:
     _check_tiling(path, entries, nbytes - 8 - header_nbytes)
     raw_dtypes = _raw_dtypes(path, metadata)
     tensors: dict[str, Tensor] = {}
+    unsaved = tuple(fqn for fqn, entry in entries.items() if entry.is_unsaved)
     for fqn, entry in entries.items():
+        if entry.is_unsaved:
+            continue
         kind, shape = _logical(path, fqn, entry, raw_dtypes)
         begin, end = entry.data_offsets
         if kind.nbytes(shape) != end - begin:
             raise Corrupt(f"{path}: {fqn}: {end - begin} bytes for {kind} of shape {list(shape)}")
         tensors[fqn] = Stored(kind, shape, Extent(str(path), start + 8 + header_nbytes + begin, end - begin))
-    return File(path, tensors, metadata)
+    return File(path, tensors, metadata, unsaved)
 
 
 def plan_file(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FilePlan:

@@ -40,8 +40,9 @@ def read(path: Path) -> AxolotlConfig:
 
 def of(cfg: Any, path: Path | None = None) -> AxolotlConfig:
     """The settings of axolotl's own config object, or of a mapping."""
-    get = cfg.get if isinstance(cfg, Mapping) else lambda name: getattr(cfg, name, None)
-    output_dir, base = get("output_dir"), get("base_model")
+    output_dir, base = (
+        cfg.get(name) if isinstance(cfg, Mapping) else getattr(cfg, name, None) for name in ("output_dir", "base_model")
+    )
     where = path or "the config"
     if not isinstance(output_dir, str | Path):
         raise InputError(f"{where} has no output_dir, so there is nowhere to look for checkpoints")

@@ -121,10 +121,11 @@ def _vocabulary(config: Mapping[str, Any], tensors: Mapping[str, Tensor], change
     result = dict(config)
     for path, part in (("", config), ("text_config.", config.get("text_config"))):
         if isinstance(part, Mapping) and isinstance(part.get("vocab_size"), int) and part["vocab_size"] != rows:
-            if heads - {rows}:
+            if heads - {rows} or rows < part["vocab_size"]:
                 raise Mismatch(
-                    f"{path}vocab_size is {part['vocab_size']}, {source} has {rows} rows and the head {sorted(heads)}",
-                    hint="check that the config belongs to this checkpoint",
+                    f"{path}vocab_size is {part['vocab_size']} in config.json, {source} has {rows} rows"
+                    + "".join(f", the head {n}" for n in sorted(heads - {rows})),
+                    hint="either rows are lost, or the config belongs to another model: check both",
                 )
             changes.append(f"{path}vocab_size: {part['vocab_size']} -> {rows}: the rows of {source}")
             if path:

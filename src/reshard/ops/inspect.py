@@ -98,7 +98,7 @@ def audit(source: str | Path) -> list[Audit]:
     """Everything that the pickles under a path want to import, found without importing it."""
     wanted: dict[Global, list[str]] = {}
     for name, payload in _pickles(Path(source)):
-        for found in globals_in(payload, where=name):
+        for found in globals_in(payload):
             wanted.setdefault(found, []).append(name)
     rows = [Audit(f"{g.module}.{g.name}", is_known(g), tuple(dict.fromkeys(names))) for g, names in wanted.items()]
     return sorted(rows, key=lambda row: (row.known, row.name))

@@ -315,6 +315,11 @@ def _plan(found: Found, checkpoint: Checkpoint, output: Path, options: Options) 
         config, changes = reconcile(checkpoint.config, checkpoint.tensors)
         notices = checkpoint.notices + tuple(f"config.json: {change}" for change in changes)
         checkpoint = replace(checkpoint, config=config, notices=notices)
+    if huggingface.is_adapter(checkpoint):
+        checkpoint = huggingface.to_adapter(checkpoint)
+    if huggingface.lacks_adapter_config(checkpoint):
+        said = "an adapter without adapter_config.json: copy it from the training run, or name it with --base DIR"
+        checkpoint = replace(checkpoint, notices=(*checkpoint.notices, said))
     size = options.max_shard_size
     limit = huggingface.MAX_SHARD_NBYTES if size is None else huggingface.parse_size(size)
     return checkpoint, huggingface.plan(checkpoint, max_shard_nbytes=limit)
