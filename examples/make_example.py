@@ -4,7 +4,7 @@
     run/checkpoint-10/pytorch_model_fsdp_0/   the weights after ten steps of FSDP2, a quarter in each file
     ../tests/data/example_truth.safetensors   the same weights whole, gathered by torch in the same run
 
-Needs torch, transformers, accelerate and safetensors; no GPU. The text it learns is the license.
+Needs torch, transformers and safetensors; no GPU. The text it learns is the license.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import save_fsdp_model
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "base"
-CHECKPOINT = HERE / "run" / "checkpoint-10"
+SHARDS = Path("run", "checkpoint-10", "pytorch_model_fsdp_0")  # relative, as DCP writes down where it saved
 TRUTH = HERE.parent / "tests" / "data" / "example_truth.safetensors"
 TEXT = HERE.parent / "LICENSE"
 NUM_RANKS, NUM_STEPS, WINDOW = 4, 10, 64
 
 
 def main() -> None:
+    os.chdir(HERE)
     for directory in (BASE, HERE / "run"):
         shutil.rmtree(directory, ignore_errors=True)
     make_base()
-    CHECKPOINT.mkdir(parents=True)
+    SHARDS.mkdir(parents=True)
     mp.spawn(train, nprocs=NUM_RANKS)
 
 
@@ -56,28 +58,30 @@ def make_base() -> None:
 
 def train(rank: int) -> None:
     """What one process does: shard, take ten steps, save its quarter."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29641", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(NUM_RANKS), "LOCAL_WORLD_SIZE": str(NUM_RANKS), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "FSDP_VERSION": "2"}
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, state_dict_type="SHARDED_STATE_DICT", auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-    )  # fmt: skip
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29641", "RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(BASE))
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
+    mesh = init_device_mesh("cpu", (NUM_RANKS,), mesh_dim_names=("fsdp",))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     tokens = torch.tensor(AutoTokenizer.from_pretrained(BASE)(TEXT.read_text())["input_ids"])
     shuffled = torch.Generator().manual_seed(rank)
     for step in range(NUM_STEPS):
         begins = torch.randint(len(tokens) - WINDOW, (4,), generator=shuffled)
         batch = torch.stack([tokens[begin : begin + WINDOW] for begin in begins.tolist()])
         loss = model(input_ids=batch, labels=batch).loss
-        accelerator.backward(loss)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        accelerator.print(f"step {step + 1}: loss {loss.item():.3f}")
-    save_fsdp_model(plugin, accelerator, model, str(CHECKPOINT))
+        if rank == 0:
+            print(f"step {step + 1}: loss {loss.item():.3f}")
+    # as accelerate's save_fsdp_model does, and with it the Trainer of transformers and axolotl
+    shards = {"model": get_model_state_dict(model)}
+    dcp.save(shards, storage_writer=dcp.FileSystemWriter(SHARDS), planner=dcp.DefaultSavePlanner())
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         save_file({fqn: tensor.contiguous() for fqn, tensor in whole.items()}, TRUTH)
