@@ -58,7 +58,10 @@ class Files:
         descriptor = self._open.get(path) or self._opened(path)
         if offset + nbytes > descriptor.nbytes:
             raise Incomplete(f"{path}: {nbytes} bytes wanted at offset {offset} of {descriptor.nbytes}")
-        data = os.pread(descriptor.fd, nbytes, offset)
+        try:
+            data = os.pread(descriptor.fd, nbytes, offset)
+        except OSError as error:
+            raise OSError(error.errno, f"reading {nbytes} bytes at offset {offset}: {error.strerror}", path) from error
         if len(data) != nbytes:  # the kernel gives at most 2 GiB at once
             out = bytearray(nbytes)
             self.pread_into(path, offset, out)

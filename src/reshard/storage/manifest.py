@@ -3,7 +3,8 @@
     OUT/reshard.json, or OUT.safetensors.reshard.json beside a single file
 
     {"reshard": version, "source": {...}, "options": {...}, "output": kind,
-     "files": {path: {"nbytes", "segments": [{"offset", "nbytes", "xxh3_128", "fqn"?, "dtype"?, "shape"?}]}}}
+     "files": {path: {"nbytes", "segments": [{"offset", "nbytes", "xxh3_128", "fqn"?, "dtype"?, "shape"?}]}},
+     "xxh3_128": of the manifest itself, these 32 digits being zeros}
 
 The segments of a file tile it, so a manifest that verifies leaves no byte unproven.
 """
@@ -25,7 +26,10 @@ from reshard.storage.plan import Digest, Digests, FilePlan, Plan, Seal, Segment
 from reshard.storage.run import BLOCK_NBYTES, Progress, beside, in_threads
 
 FILE_NAME = "reshard.json"
-_ANY = Digest("0" * 32)
+_ZEROS = "0" * 32
+_ANY = Digest(_ZEROS)
+_TAIL = b'"\n}\n'
+"""What follows the digits of the manifest's own digest."""
 
 
 class SegmentRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -54,6 +58,8 @@ class Manifest(msgspec.Struct, frozen=True):
     options: dict[str, Any]
     output: str
     files: dict[str, FileRecord]
+    xxh3_128: str
+    """Of the file that this is, with zeros here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +79,23 @@ def with_manifest(plan: Plan, version: str) -> Plan:
     def make(digests: Digests) -> bytes:
         files = {file.path: _record(file, digests) for file in plan.files}
         manifest = Manifest(
-            version, dict(plan.facts["source"]), dict(plan.facts["options"]), str(plan.facts["output"]), files
+            version, dict(plan.facts["source"]), dict(plan.facts["options"]), str(plan.facts["output"]), files, _ZEROS
         )
-        return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+        return sealed(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
 
     everything = {(file.path, index): _ANY for file in plan.files for index in range(len(file.segments))}
     seal = Seal(len(make(everything)), make)
     return replace(plan, files=(*plan.files, FilePlan(FILE_NAME, (Segment(seal),))))
 
 
+def sealed(text: bytes) -> bytes:
+    """A manifest with its own digest in the place of its last 32 digits."""
+    head, tail = text[: -len(_TAIL) - len(_ZEROS)], text[-len(_TAIL) :]
+    return head + xxhash.xxh3_128_hexdigest(head + _ZEROS.encode() + tail).encode() + tail
+
+
 def read(output: Path) -> Manifest:
-    """The manifest of an output. Raises NotFound when there is none, Corrupt when it cannot be read."""
+    """The manifest of an output. Raises NotFound when there is none, Corrupt when it is not as it was written."""
     path = output / FILE_NAME if output.is_dir() else beside(output, FILE_NAME)
     if not path.is_file():
         raise NotFound(
@@ -91,9 +103,13 @@ def read(output: Path) -> Manifest:
             hint="it was not written by reshard; `reshard verify OUT --against SRC` compares it with its source",
         )
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except msgspec.MsgspecError as error:
-        raise Corrupt(f"{path}: {error}") from error
+        text = path.read_bytes()
+        manifest = msgspec.json.decode(text, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Corrupt(f"{path}: not a manifest: {error}") from error
+    if sealed(text) != text:
+        raise Corrupt(f"{path}: the manifest was changed after it was written")
+    return manifest
 
 
 def verify(output: Path, threads: int | None = None, progress: Progress | None = None) -> Verified:

@@ -5,8 +5,9 @@
     seal      constant bytes, then what depends on digests, the manifest last
     commit    flush, rename, flush the parent
 
-The journal notes each finished segment with its digest. When the same plan is run again after it was interrupted,
-segments whose bytes still have that digest are kept. What the journal says is never trusted without reading the bytes.
+The journal notes each finished segment with its digest, and at last the inode that is about to become the destination.
+When the same plan is run again after it was interrupted, segments whose bytes still have that digest are kept, and a
+destination that is complete already is left as it is. What the journal says is never trusted without reading the bytes.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -30,9 +32,10 @@ import numpy as np
 import xxhash
 
 from reshard.core.tensor import Tensor
-from reshard.errors import Corrupt, InputError, Mismatch, OutputError, ReshardError
+from reshard.errors import Corrupt, InputError, Mismatch, NotFound, OutputError, ReshardError
 from reshard.storage.files import Files, Ledger, Reader
 from reshard.storage.plan import Digest, FilePlan, Plan, Seal, blocks
+from reshard.version import __version__
 
 BLOCK_NBYTES = 1 << 19
 """Larger blocks fall out of the level-2 cache between reading, checking and writing."""
@@ -40,6 +43,9 @@ BLOCK_NBYTES = 1 << 19
 _FLUSH_NBYTES = 8 << 20
 """After this many bytes the kernel is told to start writing them: else it waits for a tenth of the memory to be dirty,
 and the flush at the end does all the waiting."""
+
+_NAME_LIMIT_NBYTES = 255
+"""Of one name in a directory, on the usual file systems."""
 
 T = TypeVar("T")
 Progress = Callable[[int, str], None]
@@ -69,19 +75,38 @@ def default_threads() -> int:
 
 def check_destination(destination: Path, plan: Plan, force: bool) -> None:
     """Raise OutputError when the destination must not or cannot be written; nothing is touched."""
+    try:
+        _check_destination(destination, plan, force)
+    except OSError as error:
+        raise _explained(error, destination) from error
+
+
+def _check_destination(destination: Path, plan: Plan, force: bool) -> None:
     final = _resolved(destination)
-    held = final.is_dir() and any(final.iterdir())
-    if (held or final.is_file()) and not force:
+    if final.is_dir():
+        if plan.is_one_file:
+            raise OutputError(f"{destination} is a directory, and the output is one file")
+        held = any(final.iterdir())
+    else:
+        held = os.path.lexists(final)
+        if held and not final.is_file():
+            raise OutputError(f"{destination} is neither a file nor a directory")
+        if held and not plan.is_one_file:
+            raise OutputError(f"{destination} is a file, and the output is a directory")
+    if held and not force:
         raise OutputError(f"{destination} exists", hint="--force replaces it, once the new one is complete")
-    if plan.is_one_file and final.is_dir():
-        raise OutputError(f"{destination} is a directory, and the output is one file")
     for path in plan.sources():
         if final == Path(os.path.realpath(path)) or final in Path(os.path.realpath(path)).parents:
             raise OutputError(
                 f"{destination} holds the input {path}: replacing it would destroy what is being read",
                 hint="choose another output",
             )
+    longest = max((len(os.fsencode(beside(final, f.path).name)) for f in plan.files if f.path), default=0)
+    if plan.is_one_file and longest > _NAME_LIMIT_NBYTES:
+        raise OutputError(f"{destination}: the name of the manifest beside it would have {longest} bytes")
     parent = _existing_parent(final)
+    if not parent.is_dir():
+        raise OutputError(f"{destination}: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{destination}: {parent} is not writable")
     free = shutil.disk_usage(parent).free + sum(
@@ -110,33 +135,108 @@ def run(
     goes on from it.
     """
     began = time.monotonic()
-    check_destination(destination, plan, force)
     final = _resolved(destination)
-    final.parent.mkdir(parents=True, exist_ok=True)
     stamp = _source_stamp(plan)
-    with _staged(final) as staging:
-        journal = _Journal(staging, _fingerprint(plan, stamp))
-        try:
-            result = _fill(plan, staging / "files", journal, threads, block_nbytes, progress)
-            if _source_stamp(plan) != stamp:
-                raise Mismatch(
-                    f"the source of {destination} changed while it was read",
-                    hint="run again when the checkpoint is no longer being written",
-                )
-        except InputError:
-            journal.close()
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        except OSError as error:
-            raise _explained(error, destination) from error
-        finally:
-            journal.close()
-        _commit(plan, staging / "files", final)
-        shutil.rmtree(staging, ignore_errors=True)
-    digests, num_checked, kept = result
+    fingerprint = _fingerprint(plan, stamp)
     num_tensors = sum(bool(name) for *_, name, _ in plan.tensors())
+    stands = _standing(plan, final, fingerprint)
+    if stands is not None:
+        return Result(destination, plan.nbytes, num_tensors, 0, plan.nbytes, time.monotonic() - began, stands)
+    check_destination(destination, plan, force)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _staged(final) as staging:
+            try:
+                digests, num_checked, kept = _staged_run(
+                    plan, destination, staging, fingerprint, stamp, threads, block_nbytes, progress
+                )
+            except InputError:
+                _clear(staging)
+                raise
+            _commit(plan, staging / "files", final)
+            _clear(staging)
+    except OSError as error:
+        raise _explained(error, destination) from error
     seconds = time.monotonic() - began
     return Result(destination, plan.nbytes, num_tensors, num_checked, kept, seconds, digests)
+
+
+def _staged_run(
+    plan: Plan,
+    destination: Path,
+    staging: Path,
+    fingerprint: str,
+    stamp: _Stamp,
+    threads: int | None,
+    block_nbytes: int,
+    progress: Progress | None,
+) -> tuple[dict[tuple[str, int], Digest], int, int]:
+    """Everything up to the commit, which may follow when this returns."""
+    journal = _Journal(staging, fingerprint)
+    try:
+        folder = staging / "files"
+        if journal.committing is not None and journal.committing != _inode(_payload(plan, folder)):
+            shutil.rmtree(folder, ignore_errors=True)  # what was replaced, not what was written
+        filled = _fill(plan, folder, journal, threads, block_nbytes, progress)
+        if _changed(plan, stamp):
+            raise Mismatch(
+                f"the source of {destination} changed while it was read",
+                hint="run again when the checkpoint is no longer being written",
+            )
+        journal.note_commit(_inode(_payload(plan, folder)))
+        return filled
+    finally:
+        journal.close()
+
+
+def _standing(plan: Plan, final: Path, fingerprint: str) -> Mapping[tuple[str, int], Digest] | None:
+    """The digests of a destination that an earlier run completed without getting to clear up; None for any other."""
+    staging = _staging(final)
+    lines = _journal_lines(staging / "journal")
+    if not lines or lines[0] != fingerprint.encode():
+        return None
+    journal = _JournalRead(lines)
+    if journal.committing is None or journal.committing != _inode(final):
+        return None
+    digests: dict[tuple[str, int], Digest] = {}
+    with _staged(final):
+        for seals in (False, True):
+            for file in plan.files:
+                path = final / file.path if not plan.is_one_file else beside(final, file.path) if file.path else final
+                if not _holds(file, path, seals, journal.known, digests):
+                    return None
+        _clear(staging)
+    return digests
+
+
+def _holds(
+    file: FilePlan,
+    path: Path,
+    seals: bool,
+    known: Mapping[tuple[str, int], Digest],
+    digests: dict[tuple[str, int], Digest],
+) -> bool:
+    """Whether the seals of a file, or all else of it, are what the plan and the journal say; adds to `digests`."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        for index, offset, segment in file.placed():
+            payload = segment.payload
+            if isinstance(payload, Seal) is not seals:
+                continue
+            found = _digest_at(fd, offset, segment.nbytes, file.crc32, BLOCK_NBYTES)
+            if isinstance(payload, Tensor):
+                wanted = known.get((file.path, index))
+            else:
+                wanted = _digest_of(payload.make(digests) if isinstance(payload, Seal) else payload, file.crc32)
+            if found != wanted:
+                return False
+            digests[file.path, index] = found
+        return os.fstat(fd).st_size == file.nbytes
+    finally:
+        os.close(fd)
 
 
 def digest(
@@ -203,6 +303,10 @@ class _Shared:
                     self._progress(nbytes, task.name)
         except InputError as error:
             raise _named(error, task.name) from error
+        except OSError as error:
+            if not task.name or error.filename is None:
+                raise
+            raise OSError(error.errno, f"{task.name}: {error.strerror}", error.filename) from error
         return Digest(hasher.hexdigest(), crc)
 
     def _own(self) -> tuple[Reader, np.ndarray[tuple[int], np.dtype[np.uint8]], _Flusher]:
@@ -240,7 +344,7 @@ def _fill(
         todo, kept = [], 0
         for task in _tasks(plan):
             known = journal.known.get((task.file.path, task.index))
-            if known and _digest_at(fds[task.file.path], task, block_nbytes) == known:
+            if known and _digest_at_task(fds[task.file.path], task, block_nbytes) == known:
                 digests[task.file.path, task.index] = known
                 kept += task.tensor.nbytes
                 if progress is not None:
@@ -312,40 +416,76 @@ def in_threads(tasks: Sequence[T], work: Callable[[T], None], threads: int | Non
             raise
 
 
-def _digest_at(fd: int, task: _Task, block_nbytes: int) -> Digest:
+def _digest_at(fd: int, offset: int, nbytes: int, crc32: bool, block_nbytes: int) -> Digest:
+    """Of bytes of a file; of fewer where it ends before them."""
     hasher, crc = xxhash.xxh3_128(), 0
-    for at in range(task.offset, task.offset + task.tensor.nbytes, block_nbytes):
-        data = os.pread(fd, min(block_nbytes, task.offset + task.tensor.nbytes - at), at)
+    for at in range(offset, offset + nbytes, block_nbytes):
+        data = os.pread(fd, min(block_nbytes, offset + nbytes - at), at)
         hasher.update(data)
-        if task.file.crc32:
+        if crc32:
             crc = zlib.crc32(data, crc)
     return Digest(hasher.hexdigest(), crc)
 
 
-class _Journal:
-    """Finished segments and their digests, one line each; a line that was cut short does not count."""
+def _digest_at_task(fd: int, task: _Task, block_nbytes: int) -> Digest:
+    return _digest_at(fd, task.offset, task.tensor.nbytes, task.file.crc32, block_nbytes)
+
+
+def _digest_of(data: bytes, crc32: bool) -> Digest:
+    return Digest(xxhash.xxh3_128_hexdigest(data), zlib.crc32(data) if crc32 else 0)
+
+
+def _journal_lines(path: Path) -> list[bytes]:
+    """The lines of a journal that end, the first of them the fingerprint."""
+    try:
+        return path.read_bytes().split(b"\n")[:-1]
+    except OSError:
+        return []
+
+
+class _JournalRead:
+    """What a journal says. A line that was cut short, or is nonsense, does not count."""
+
+    def __init__(self, lines: Sequence[bytes]) -> None:
+        self.known: dict[tuple[str, int], Digest] = {}
+        self.committing: int | None = None
+        """The inode that was about to become the destination."""
+        for line in lines[1:]:
+            segment, commit = _SEGMENT_LINE.fullmatch(line), _COMMIT_LINE.fullmatch(line)
+            if segment:
+                index, xxh3, crc, name = (part.decode(errors="replace") for part in segment.groups())
+                self.known[name, int(index)] = Digest(xxh3, int(crc, 16))
+            elif commit:
+                self.committing = int(commit[1])
+
+
+_SEGMENT_LINE = re.compile(rb"(\d{1,9}) ([0-9a-f]{32}) ([0-9a-f]{8}) (.*)")
+_COMMIT_LINE = re.compile(rb"commit (\d{1,20})")
+
+
+class _Journal(_JournalRead):
+    """The journal of a staging directory, held open; it begins anew unless its plan is the one of `fingerprint`."""
 
     def __init__(self, staging: Path, fingerprint: str) -> None:
-        self.known: dict[tuple[str, int], Digest] = {}
         path = staging / "journal"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        lines = _journal_lines(path)
         if not lines or lines[0] != fingerprint.encode():
             shutil.rmtree(staging / "files", ignore_errors=True)
-            path.write_bytes(fingerprint.encode() + b"\n")
-        for line in lines[1:] if self._matches(lines, fingerprint) else []:
-            index, xxh3, crc, name = line.decode(errors="replace").split(" ", 3)
-            self.known[name, int(index)] = Digest(xxh3, int(crc, 16))
+            lines = [fingerprint.encode()]
+        super().__init__(lines)
+        path.write_bytes(b"".join(line + b"\n" for line in lines))  # without the line that was cut short
         self._lock = threading.Lock()
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND)
-
-    @staticmethod
-    def _matches(lines: Sequence[bytes], fingerprint: str) -> bool:
-        return bool(lines) and lines[0] == fingerprint.encode()
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def note(self, path: str, index: int, done: Digest) -> None:
         line = f"{index} {done.xxh3_128} {done.crc32:08x} {path}\n".encode()
         with self._lock:
             os.write(self._fd, line)
+
+    def note_commit(self, inode: int | None) -> None:
+        """All is written and flushed; this inode is the next to be renamed."""
+        os.write(self._fd, f"commit {inode}\n".encode())
+        os.fsync(self._fd)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -357,19 +497,42 @@ class _Journal:
 def _staged(final: Path) -> Iterator[Path]:
     """The staging directory of a destination, held by one process at a time."""
     staging = _staging(final)
+    lock = _locked(staging, final)
     try:
-        staging.mkdir(exist_ok=True)
-        lock = os.open(staging / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise _explained(error, final) from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"{final} is being written by another process (it holds {staging}/lock)") from error
         yield staging
     finally:
         os.close(lock)
+
+
+def _locked(staging: Path, final: Path) -> int:
+    while True:
+        staging.mkdir(exist_ok=True)
+        try:
+            lock = os.open(staging / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # another process has just cleared up
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise OutputError(f"{final} is being written by another process (it holds {staging}/lock)") from error
+        if _inode(staging / "lock") == os.fstat(lock).st_ino:
+            return lock
+        os.close(lock)
+
+
+def _clear(staging: Path) -> None:
+    """Remove a staging directory that this process holds; the lock last, so that whoever waits finds nothing old."""
+    for path in staging.iterdir():
+        if path.name == "lock":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    (staging / "lock").unlink(missing_ok=True)
+    with suppress(OSError):  # another process may have begun
+        staging.rmdir()
 
 
 def _staging(final: Path) -> Path:
@@ -385,13 +548,17 @@ def _staged_name(file: FilePlan) -> str:
 
 def _create(path: Path, nbytes: int) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        os.posix_fallocate(fd, 0, max(nbytes, 1))  # a full disk shows here
-    except (OSError, AttributeError) as error:
-        if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-    os.ftruncate(fd, nbytes)
+        try:
+            os.posix_fallocate(fd, 0, max(nbytes, 1))  # a full disk shows here
+        except (OSError, AttributeError) as error:
+            if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+        os.ftruncate(fd, nbytes)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -403,12 +570,12 @@ def _pwrite(fd: int, data: object, offset: int) -> None:
 
 
 def _commit(plan: Plan, folder: Path, final: Path) -> None:
-    """Make the finished files the destination."""
+    """Make the finished files the destination. A single file comes last: until then the old one stands."""
     if plan.is_one_file:
-        os.replace(folder / "output", final)
         for file in plan.files:
             if file.path:
                 os.replace(folder / file.path, beside(final, file.path))
+        os.replace(folder / "output", final)
     elif final.is_dir() and any(final.iterdir()):
         _exchange(folder, final)
     else:
@@ -431,8 +598,13 @@ def _exchange(new: Path, old: Path) -> None:
     if renameat2 and renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
         return
     aside = new.with_name("replaced")
+    shutil.rmtree(aside, ignore_errors=True)
     os.rename(old, aside)
-    os.rename(new, old)
+    try:
+        os.rename(new, old)
+    except OSError:
+        os.rename(aside, old)
+        raise
 
 
 def _fsync_directory(path: Path) -> None:
@@ -448,19 +620,44 @@ def _resolved(destination: Path) -> Path:
 
 
 def _existing_parent(path: Path) -> Path:
-    return next(p for p in path.parents if p.is_dir())
+    return next(p for p in path.parents if os.path.lexists(p))
 
 
-def _source_stamp(plan: Plan) -> list[tuple[str, int, int, int]]:
+def _payload(plan: Plan, folder: Path) -> Path:
+    """What a commit renames to the destination, last."""
+    return folder / "output" if plan.is_one_file else folder
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return os.stat(path, follow_symlinks=False).st_ino
+    except OSError:
+        return None
+
+
+_Stamp = list[tuple[str, int, int, int]]
+
+
+def _source_stamp(plan: Plan) -> _Stamp:
     stamps = []
     for path in plan.sources():
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except FileNotFoundError as error:
+            raise NotFound(f"{path}: no such file") from error
         stamps.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ino))
     return stamps
 
 
-def _fingerprint(plan: Plan, stamp: list[tuple[str, int, int, int]]) -> str:
-    hasher = xxhash.xxh3_128(repr((stamp, sorted(plan.facts.items(), key=str))).encode())
+def _changed(plan: Plan, stamp: _Stamp) -> bool:
+    try:
+        return _source_stamp(plan) != stamp
+    except NotFound:
+        return True
+
+
+def _fingerprint(plan: Plan, stamp: _Stamp) -> str:
+    hasher = xxhash.xxh3_128(repr((__version__, stamp, sorted(plan.facts.items(), key=str))).encode())
     for file in plan.files:
         hasher.update(f"{file.path} {file.crc32}\n".encode())
         for segment in file.segments:
