@@ -19,12 +19,14 @@ from typing import Any
 
 import msgspec
 
+from reshard.core.checkpoint import Checkpoint, Origin
 from reshard.core.dtypes import DType, dtype
 from reshard.core.tensor import Extent, Stored, Tensor
 from reshard.errors import Corrupt, Incomplete, Unsupported
-from reshard.storage.files import Files
+from reshard.storage.files import Files, LazySource
 from reshard.storage.plan import FilePlan, Segment
 
+NAME = "safetensors"
 HEADER_LIMIT_NBYTES = 100_000_000
 """What the safetensors library itself accepts."""
 RAW_DTYPES = "reshard.dtypes"
@@ -50,6 +52,12 @@ class File:
     metadata: dict[str, str]
     unsaved: tuple[str, ...] = ()
     """FQNs without dtype, shape or bytes: torch's consolidation lists names of its mapping that nobody saved."""
+
+
+def open(path: Path) -> Checkpoint:
+    """One file as a checkpoint; only its header is read. Raises as `read` does."""
+    files = Files()
+    return Checkpoint(read(path, files).tensors, Origin(path, NAME, files=(path,)), LazySource(files))
 
 
 def read(path: Path, files: Files | None = None, start: int = 0) -> File:
