@@ -101,9 +101,10 @@ def _check_destination(destination: Path, plan: Plan, force: bool) -> None:
                 f"{destination} holds the input {path}: replacing it would destroy what is being read",
                 hint="choose another output",
             )
-    longest = max((len(os.fsencode(beside(final, f.path).name)) for f in plan.files if f.path), default=0)
-    if plan.is_one_file and longest > _NAME_LIMIT_NBYTES:
-        raise OutputError(f"{destination}: the name of the manifest beside it would have {longest} bytes")
+    if plan.is_one_file:
+        longest = max((len(os.fsencode(beside(final, f.path).name)) for f in plan.files if f.path), default=0)
+        if longest > _NAME_LIMIT_NBYTES:
+            raise OutputError(f"{destination}: the name of the manifest beside it would have {longest} bytes")
     parent = _existing_parent(final)
     if not parent.is_dir():
         raise OutputError(f"{destination}: {parent} is not a directory")
