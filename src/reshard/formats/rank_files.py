@@ -32,7 +32,7 @@ from reshard.core.dtypes import dtype
 from reshard.core.tensor import Concat, Deferred, Tensor
 from reshard.errors import Corrupt, Incomplete, InputError, Mismatch, NotFound, Unsupported, listed
 from reshard.formats import torch_save
-from reshard.formats.torch_distributed import Share, is_distributed, plain_tensor, shares
+from reshard.formats.torch_distributed import Share, is_distributed, plain_tensor, settled, share
 from reshard.formats.torch_save import File, Leaves
 from reshard.formats.torch_tensor import fqn, walk
 from reshard.storage.files import Files, LazySource
@@ -162,6 +162,7 @@ class _Held(NamedTuple):
     file: File
     path: KeyPath
     leaf: Any
+    """A Share in place of a DTensor or ShardedTensor, which takes many times the memory."""
 
 
 def open(path: Path, kind: str = "model", *, verify: bool = False) -> Checkpoint:
@@ -174,14 +175,13 @@ def open(path: Path, kind: str = "model", *, verify: bool = False) -> Checkpoint
     group, notices = _find(path, kind)
     directory = path if path.is_dir() else path.parent
     files = Files()
-    ranks = {rank: torch_save.read(directory / name, files) for rank, name in group.files.items()}
-    assembler = _Assembler(directory, ranks, LazySource(files) if verify else None)
-    assembler.run()
-    num_ranks = max(assembler.num_ranks, len(ranks))
-    if num_ranks > len(ranks):
-        absent = [rank for rank in range(min(num_ranks, len(ranks) + _MAX_GAP)) if rank not in ranks]
+    paths = {rank: directory / name for rank, name in group.files.items()}
+    assembler = _Assembler(directory, LazySource(files) if verify else None)
+    assembler.run(paths, files)
+    if assembler.num_ranks > len(paths):
+        absent = [rank for rank in range(min(assembler.num_ranks, len(paths) + _MAX_GAP)) if rank not in paths]
         raise Incomplete(
-            f"{directory}: {len(ranks)} files of {group.stem}, the tensors lie on {num_ranks} ranks:"
+            f"{directory}: {len(paths)} files of {group.stem}, the tensors lie on {assembler.num_ranks} ranks:"
             f" {_ranks(absent)} missing",
             hint="copy the missing files from the nodes that wrote them",
         )
@@ -192,9 +192,9 @@ def open(path: Path, kind: str = "model", *, verify: bool = False) -> Checkpoint
             directory,
             NAME,
             f"torch.save, one file a rank ({group.stem})",
-            world_size=len(ranks),
+            world_size=len(paths),
             placements=assembler.placements,
-            files=tuple(directory / name for name in group.files.values()),
+            files=tuple(paths.values()),
         ),
         LazySource(files),
         objects=leaves.objects,
@@ -217,12 +217,12 @@ def _find(path: Path, kind: str) -> tuple[Group, tuple[str, ...]]:
 class _Assembler:
     """Puts together what the ranks hold, FQN by FQN."""
 
-    def __init__(self, directory: Path, ranks: Mapping[int, File], verify: LazySource | None) -> None:
+    def __init__(self, directory: Path, verify: LazySource | None) -> None:
         self.leaves = Leaves()
         self.num_ranks = 0
         """As the tensors tell it."""
         self._directory = directory
-        self._ranks = ranks
+        self._ranks: tuple[int, ...] = ()
         self._verify = verify
         self._cuts: dict[str, int] = defaultdict(int)
         self._joined: dict[tuple[object, ...], Tensor] = {}
@@ -233,11 +233,20 @@ class _Assembler:
         """How tensors are cut, in words, most frequent first."""
         return tuple(f"{what} ({n} tensors)" for what, n in sorted(self._cuts.items(), key=lambda item: -item[1]))
 
-    def run(self) -> None:
+    def run(self, paths: Mapping[int, Path], files: Files) -> None:
+        """Read the pickles, one after the other, and put together what they hold."""
+        self._ranks = tuple(paths)
         held: dict[str, list[_Held]] = defaultdict(list)
-        for rank, file in self._ranks.items():
-            for path, leaf in _walked(file):
-                held[fqn(path) if path else torch_save.BARE].append(_Held(rank, file, path, leaf))
+        for rank, path in paths.items():
+            file = torch_save.read(path, files)
+            for keys, leaf in _walked(file):
+                name = fqn(keys) if keys else torch_save.BARE
+                leaf = share(leaf, f"{path}: {name}") if is_distributed(leaf) else leaf
+                held[name].append(_Held(rank, file, keys, leaf))
+            file.value = None
+        self._assemble(held)
+
+    def _assemble(self, held: Mapping[str, list[_Held]]) -> None:
         flat_units = [name for name in held if _is_flat_param(name)]
         for name in flat_units:
             self._note_flat_storages(held[name])
@@ -260,7 +269,7 @@ class _Assembler:
             self.leaves.note("flat: their shapes are not stored and must come from the model's config", f"{len(flats)}")
 
     def _add(self, name: str, found: list[_Held]) -> None:
-        distributed = [is_distributed(h.leaf) for h in found]
+        distributed = [isinstance(h.leaf, Share) for h in found]
         if all(distributed):
             self._put(name, found[0].path, self._tensor(name, found))
         elif any(distributed):
@@ -285,7 +294,7 @@ class _Assembler:
     # -------------------------------------------------------------------------------------------- DTensor and others
 
     def _tensor(self, name: str, found: list[_Held]) -> Tensor:
-        held = shares([(h.leaf, f"{h.file.path}: {name}") for h in found])
+        held = settled([h.leaf for h in found])
         first = held[0]
         for h, other in zip(found, held, strict=True):
             if (other.dtype, other.shape) != (first.dtype, first.shape):
@@ -311,7 +320,9 @@ class _Assembler:
         owners: dict[Box, int] = {}
         for h, held in zip(found, shares, strict=True):
             for piece in held.pieces:
-                tensor = self._explained(name, partial(h.file.tensor, piece.local))[piece.part.slices]
+                tensor = self._explained(name, partial(h.file.tensor, piece.local))
+                if piece.part.shape != tensor.shape:
+                    tensor = tensor[piece.part.slices]
                 if piece.place not in places:
                     places[piece.place], owners[piece.place] = tensor, h.rank
                 elif self._verify is not None and not same_bytes(places[piece.place], tensor, self._verify):
@@ -350,11 +361,10 @@ class _Assembler:
 
     def _note_flat_storages(self, found: Sequence[_Held]) -> None:
         for h in found:
-            if not is_distributed(h.leaf):
+            if not isinstance(h.leaf, Share):
                 raise Unsupported(f"{h.file.path}: a {_FLAT_PARAM} that is no ShardedTensor")
-            (held,) = shares([(h.leaf, f"{h.file.path}: {_FLAT_PARAM}")])
-            self.num_ranks = max(self.num_ranks, held.num_ranks)
-            self._flat_storages.setdefault(h.rank, set()).update(p.local.storage.key for p in held.pieces)
+            self.num_ranks = max(self.num_ranks, h.leaf.num_ranks)
+            self._flat_storages.setdefault(h.rank, set()).update(p.local.storage.key for p in h.leaf.pieces)
 
     def _is_flat(self, found: Sequence[_Held]) -> bool:
         """Whether a tensor lies, on some rank, in the storage of a flattened parameter."""

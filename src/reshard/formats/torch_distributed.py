@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 from reshard.core.box import Box, Shape
 from reshard.core.mesh import Mesh, Placement, Replicate, Shard, StridedShard, local_shape, shard
@@ -52,6 +53,10 @@ class Share:
     """How the tensor is cut, in words."""
     num_ranks: int
     """How many ranks the tensor lies on, at least."""
+    problem: str = ""
+    """Why `pieces` cannot be right: the local tensor has another shape."""
+    literal: tuple[Piece, ...] | None = None
+    """The other reading of strided placements (see `core.mesh`), where the local tensor has its shape."""
 
     @property
     def is_whole(self) -> bool:
@@ -68,32 +73,30 @@ class WrongShape(Corrupt):
     """A local tensor has not the shape that the placements give it."""
 
 
-def shares(leaves: Sequence[tuple[Rebuilt, str]]) -> list[Share]:
-    """What each rank holds of one tensor, of the leaf in its file and a name of file and FQN for messages.
+def share(leaf: Rebuilt, where: str) -> Share:
+    """The share of the rank whose file this leaf is from; `settled` says which of its readings holds.
 
-    Strided placements have two readings (see `core.mesh`): the one is taken that gives every rank the shape it has.
-    Where both do, they are the same (tried on all meshes up to 8 x 8 and sizes up to 100). Raises Unsupported for
-    partial sums and for placements and local tensors that are not known, Corrupt when a local tensor has not the shape
-    that its placements give it.
+    `where` names file and FQN for messages. Raises Unsupported for partial sums and for placements and local tensors
+    that are not known, Corrupt for what torch does not write.
     """
     try:
-        return [_share(leaf, where, False) for leaf, where in leaves]
-    except _WrongShape as error:
-        try:
-            return [_share(leaf, where, True) for leaf, where in leaves]
-        except _WrongShape:
-            raise Corrupt(str(error)) from None
-
-
-class _WrongShape(Corrupt):
-    """A local tensor has not the shape that the placements give it."""
-
-
-def _share(leaf: Rebuilt, where: str, literal: bool) -> Share:
-    try:
-        return _sharded_tensor(leaf, where) if leaf.cls.name == "ShardedTensor" else _dtensor(leaf, where, literal)
+        return _sharded_tensor(leaf, where) if leaf.cls.name == "ShardedTensor" else _dtensor(leaf, where)
     except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise Corrupt(f"{where}: not a {leaf.cls.name} as torch pickles them: {error}"[:400]) from error
+
+
+def settled(shares: Sequence[Share]) -> list[Share]:
+    """What all ranks hold of one tensor, strided placements read so that every rank has the shape that it has.
+
+    Where both readings fit, they are the same (tried on all meshes up to 8 x 8 and sizes up to 100). Raises Corrupt
+    when neither does.
+    """
+    problem = next((s.problem for s in shares if s.problem), "")
+    if not problem:
+        return list(shares)
+    if any(s.literal is None for s in shares):
+        raise Corrupt(problem)
+    return [replace(s, pieces=s.literal or (), problem="", literal=None) for s in shares]
 
 
 def plain_tensor(value: object) -> TensorRef | None:
@@ -106,7 +109,7 @@ def plain_tensor(value: object) -> TensorRef | None:
 # -------------------------------------------------------------------------------------------------------- DTensor
 
 
-def _dtensor(leaf: Rebuilt, where: str, literal: bool) -> Share:
+def _dtensor(leaf: Rebuilt, where: str) -> Share:
     spec = _inert(leaf.attr("_spec"), where, "a DTensor's _spec")
     local = _local(leaf.attr("_local_tensor"), where)
     shape = _global_shape(leaf, spec, where)
@@ -121,22 +124,41 @@ def _dtensor(leaf: Rebuilt, where: str, literal: bool) -> Share:
         raise Corrupt(f"{where}: the rank is at {list(coordinate)} of a mesh of {list(mesh.sizes)}")
     _check_pieces(placements, mesh, where)
     order = _axis_order(spec.attr("shard_order"), placements, where)
-    places = shard(
-        shape,
-        Mesh(tuple(mesh.sizes[i] for i in order)),
-        [placements[i] for i in order],
-        [coordinate[i] for i in order],
-        literal=literal,
-    )
-    places = [(place, part) for place, part in places if place.size]
-    held = local_shape(places, shape)
-    if held != tuple(local.size) and not (0 in held and 0 in local.size):
-        raise _WrongShape(
-            f"{where}: {cut} of shape {list(shape)} gives the rank at {list(coordinate)} the shape {list(held)},"
-            f" it holds {list(local.size)}"
+    by_order = tuple(zip(*((mesh.sizes[i], placements[i], coordinate[i]) for i in order), strict=True))
+    found = _cut(shape, by_order, False)
+    problem = ""
+    pieces = _pieces(found, local)
+    literal: tuple[Piece, ...] | None = pieces
+    if not _fits(found, shape, local):
+        problem = (
+            f"{where}: {cut} of shape {list(shape)} gives the rank at {list(coordinate)} the shape"
+            f" {list(local_shape(found, shape))}, it holds {list(local.size)}"
         )
-    pieces = tuple(Piece(place, local, part) for place, part in places)
-    return Share(local.dtype, shape, pieces, cut, mesh.num_ranks)
+    if any(isinstance(p, StridedShard) for p in placements):
+        others = _cut(shape, by_order, True)
+        literal = _pieces(others, local) if _fits(others, shape, local) else None
+    elif problem:
+        literal = None
+    return Share(local.dtype, shape, pieces, cut, mesh.num_ranks, problem, literal)
+
+
+_ByOrder: TypeAlias = tuple[Any, ...]
+
+
+@lru_cache(maxsize=4096)
+def _cut(shape: Shape, by_order: _ByOrder, literal: bool) -> tuple[tuple[Box, Box], ...]:
+    """`core.mesh.shard`, whose answer is the same for hundreds of tensors; sizes, placements, coordinate in order."""
+    sizes, placements, coordinate = by_order or ((), (), ())
+    return tuple((a, b) for a, b in shard(shape, Mesh(sizes), placements, coordinate, literal=literal) if a.size)
+
+
+def _pieces(places: Sequence[tuple[Box, Box]], local: TensorRef) -> tuple[Piece, ...]:
+    return tuple(Piece(place, local, part) for place, part in places)
+
+
+def _fits(places: Sequence[tuple[Box, Box]], shape: Shape, local: TensorRef) -> bool:
+    held = local_shape(places, shape)
+    return held == tuple(local.size) or (0 in held and 0 in local.size)
 
 
 def _local(value: object, where: str) -> TensorRef:

@@ -27,7 +27,7 @@ from reshard.core.dtypes import DType, dtype
 from reshard.core.tensor import Deferred, Extent, Stored, Tensor, row_major
 from reshard.errors import Corrupt, Incomplete, InputError, NotFound, Unsupported, listed
 from reshard.formats import huggingface
-from reshard.formats.torch_distributed import is_distributed, plain_tensor, shares
+from reshard.formats.torch_distributed import is_distributed, plain_tensor, settled, share
 from reshard.formats.torch_tensor import check_storage, fqn, stored, walk
 from reshard.storage import torch_zip
 from reshard.storage.files import Files, LazySource
@@ -381,7 +381,7 @@ def _for(file: File, name: str, ref: TensorRef) -> Tensor:
 
 def _local_whole(file: File, name: str, leaf: Rebuilt) -> Tensor:
     """A DTensor or ShardedTensor of which this file has everything; otherwise one that refuses to be read."""
-    (held,) = shares([(leaf, f"{file.path}: {name}")])
+    (held,) = settled([share(leaf, f"{file.path}: {name}")])
     if held.is_whole and len(held.pieces) == 1:
         piece = held.pieces[0]
         return _for(file, name, piece.local)[piece.part.slices]
