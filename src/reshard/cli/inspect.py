@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         "step": found.step,
         "ranks": found.world_size,
         "placements": "; ".join(found.placements[:4]) + (" ..." if len(found.placements) > 4 else ""),
-        "tensors": f"{found.num_tensors} ({found.num_parameters / 1e9:.3f} B elements, {output.size(found.nbytes)})",
+        "tensors": f"{found.num_tensors} ({output.count(found.num_parameters)} elements, {output.size(found.nbytes)})",
         "dtypes": dtypes,
         "objects": found.num_objects or None,
         "also here": ", ".join(found.parts),

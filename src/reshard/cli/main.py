@@ -6,10 +6,13 @@ Exit codes: 0 done, 1 the user's input or a failed check, 2 our fault, 130 inter
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 from reshard.errors import ReshardError
 from reshard.version import __version__
@@ -24,6 +27,7 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
+    gc.disable()  # a short life, millions of small objects, hardly a cycle: collecting costs more than all the rest
     words = [_hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)]
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         words.insert(0, "inspect")
@@ -60,7 +64,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     verb = words[0]
     if verb not in VERBS:
-        raise _usage(f"unknown option {verb}")
+        raise ReshardError(f"unknown option {verb}", hint="see reshard --help")
     module = import_module(f"reshard.cli.{verb}")
     parser = Parser(
         prog=f"reshard {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,12 +77,14 @@ def _dispatch(words: list[str]) -> int:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are ours."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise _usage(message, self.format_usage().strip())
+    def error(self, message: str) -> NoReturn:
+        raise ReshardError(message, hint=f"{self._nearest(message)}see {self.prog} --help")
 
-
-def _usage(message: str, usage: str = "usage: reshard [VERB] ...") -> ReshardError:
-    return ReshardError(message, hint=f"{usage}\nsee --help")
+    def _nearest(self, message: str) -> str:
+        """`did you mean --dtype? ` when an option was mistyped."""
+        words = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        near = [match for word in words for match in get_close_matches(word, self._option_string_actions, 1, 0.7)]
+        return f"did you mean {near[0]}? " if near else ""
 
 
 def _hyphenated(word: str) -> str:

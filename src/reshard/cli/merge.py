@@ -41,7 +41,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from reshard.ops import axolotl
     from reshard.ops.merge import Options, carry_out, default_output, prepare
 
     source = args.input_dir or args.source
@@ -54,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
         chosen["state_dict_dirname"] = chosen["state_dict_dirname"] or "pytorch_ema_model_fsdp_0"
     path = Path(source)
     if path.suffix in (".yml", ".yaml"):
+        from reshard.ops import axolotl
+
         config = axolotl.read(path)
         path, chosen["base"] = config.output_dir, chosen["base"] or config.base_model
         target = target or str(path / "merged")

@@ -54,6 +54,14 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
+def count(number: int) -> str:
+    """How many, for people: `51`, `1.24 M`, `70.6 B`."""
+    for unit, scale in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return str(number)
+
+
 def duration(seconds: float) -> str:
     """Time for people: `1.2 s`, `3 min 05 s`."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

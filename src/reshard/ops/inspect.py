@@ -61,8 +61,16 @@ class Audit:
 
 
 def inspect(source: str | Path, *, step: int | None = None, tensors: bool = False, **choices: Any) -> Inspection:
-    """What is at a path. Raises NotFound when nothing there is recognised; incomplete checkpoints are described."""
+    """What is at a path, or in the run of an axolotl config. Incomplete checkpoints are described.
+
+    Raises NotFound when nothing there is recognised.
+    """
     path = Path(source)
+    settings = None
+    if path.suffix in (".yml", ".yaml"):
+        from reshard.ops import axolotl
+
+        settings, path = path, axolotl.read(path).output_dir
     try:
         found = find(path, step=step, **choices)
         opened = open_found(found)
@@ -70,10 +78,10 @@ def inspect(source: str | Path, *, step: int | None = None, tensors: bool = Fals
         return Inspection(
             path, "", "", None, None, (), 0, 0, 0, {}, (), 0, (), False, str(error), (), ""
         )  # fmt: skip
-    return _described(path, found, opened, tensors)
+    return _described(path, found, opened, tensors, settings)
 
 
-def _described(path: Path, found: Found, opened: Checkpoint, tensors: bool) -> Inspection:
+def _described(path: Path, found: Found, opened: Checkpoint, tensors: bool, settings: Path | None) -> Inspection:
     origin = opened.origin
     dtypes = Counter(t.dtype.torch for t in opened.tensors.values())
     others = tuple(n for n, p in numbered(path) if n != found.step) if path.is_dir() else ()
@@ -81,17 +89,20 @@ def _described(path: Path, found: Found, opened: Checkpoint, tensors: bool) -> I
         found.root, origin.format, origin.writer or found.writer, found.step, origin.world_size, origin.placements,
         len(opened), opened.num_parameters, opened.nbytes, dict(dtypes.most_common()),
         tuple(dict.fromkeys(p.role for p in found.parts if p.role != MODEL)), len(opened.objects), others,
-        True, "", opened.notices, _next(path, found),
+        True, "", opened.notices, _next(path, found) if settings is None else f"reshard merge {settings} OUT",
         tuple((fqn, t.dtype.torch, t.shape) for fqn, t in opened.tensors.items()) if tensors else (),
     )  # fmt: skip
 
 
 def _next(path: Path, found: Found) -> str:
-    if all(p.format in ("huggingface", "safetensors") for p in found.parts if p.role == MODEL):
-        return f"reshard verify {path}" if (found.root / "reshard.json").is_file() else f"reshard merge {path} OUT"
+    if (found.root / "reshard.json").is_file():
+        return f"reshard verify {path}"
     if (found.root / "meta.pt").is_file():
         return f"reshard merge {path} OUT.ckpt"
-    return f"reshard merge {path} OUT"
+    if found.root.is_file():
+        return f"reshard merge {path} OUT.safetensors"
+    has_config = any((place / "config.json").is_file() for place in found.companions)
+    return f"reshard merge {path} OUT" + ("" if has_config else " --base MODEL")
 
 
 def audit(source: str | Path) -> list[Audit]:

@@ -154,6 +154,8 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
         checkpoint = replace(checkpoint, tensors={n: cast(t, to) for n, t in checkpoint.tensors.items()})
     if not checkpoint.tensors:
         raise NotFound(f"{found.root}: no tensor is left to write", hint="see `reshard inspect` for the names")
+    if kind == "huggingface" and config is None:
+        notices += ("there is no config.json beside the checkpoint, so the output has none: --base brings it",)
     checkpoint = replace(checkpoint, notices=checkpoint.notices + notices)
     return planned(found, opened, checkpoint, output, options)
 
