@@ -28,7 +28,7 @@ class Box:
     @classmethod
     def at(cls, start: Sequence[int], shape: Sequence[int]) -> Box:
         """The box of this shape whose first element is `start`."""
-        return cls(tuple(start), tuple(a + n for a, n in zip(start, shape, strict=True)))
+        return cls(tuple(start), tuple([a + n for a, n in zip(start, shape, strict=True)]))
 
     @property
     def shape(self) -> Shape:

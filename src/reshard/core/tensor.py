@@ -193,9 +193,13 @@ class Stored(Tensor):
         if extent.nbytes != self.extent.nbytes:
             raise Corrupt(f"{extent.path}: {extent.nbytes} bytes stored, {self.extent.nbytes} expected")
         twin = object.__new__(Stored)
-        for name in _STORED_FIELDS:
-            object.__setattr__(twin, name, getattr(self, name))
-        object.__setattr__(twin, "extent", extent)
+        put = object.__setattr__  # the fields are frozen, and checked: this is made for each chunk of a checkpoint
+        put(twin, "dtype", self.dtype)
+        put(twin, "shape", self.shape)
+        put(twin, "extent", extent)
+        put(twin, "offset", self.offset)
+        put(twin, "strides", self.strides)
+        put(twin, "dense", self.dense)
         return twin
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
@@ -228,8 +232,6 @@ class Stored(Tensor):
             for part in _halves(box, dim, middle):
                 self._read_span(part, out[part.shift([-a for a in box.start]).slices], source)
 
-
-_STORED_FIELDS = ("dtype", "shape", "offset", "strides", "dense")
 
 _SPAN_NBYTES = 1 << 18
 """A span of no more bytes than this is read whole, however few of them are wanted."""
