@@ -1,7 +1,7 @@
 """Checkpoints of several ranks, written by torch's own DCP writer in one process and without a process group.
 
-Each rank's plan names its chunks as a DTensor would; `FileSystemWriter` writes the files, `create_default_global_save_plan`
-the metadata. What is in the files is therefore what torch writes, and what should come out is the dict that went in.
+Each rank's plan names its chunks as a DTensor would, `FileSystemWriter` writes the files, torch makes the global
+metadata. What is in the files is therefore what torch writes, and what should come out is the dict that went in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -69,10 +68,7 @@ def write_dcp(
         items[0].append(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO))
         data[0, name] = value
     paths = {".".join((*prefix, fqn)): (*prefix, fqn) for fqn in tensors} | {name: (name,) for name in objects or {}}
-    plans = [
-        writer.prepare_local_plan(SavePlan(rank_items, planner_data=paths))
-        for rank_items in items
-    ]
+    plans = [writer.prepare_local_plan(SavePlan(rank_items, planner_data=paths)) for rank_items in items]
     plans, metadata = create_default_global_save_plan(plans)
     metadata.planner_data = paths
     plans = writer.prepare_global_plan(plans)
@@ -144,7 +140,7 @@ def left_in(directory: Path) -> list[str]:
 
 
 PEAK = """
-import json, resource, runpy, sys
+import json, runpy, sys
 sys.argv = ["reshard", *sys.argv[1:]]
 try:
     runpy.run_module("reshard", run_name="__main__")
