@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.cli import options, output
+from reshard.cli.report import show_plan, show_result, talk
 from reshard.errors import ReshardError
 
 
@@ -42,7 +43,6 @@ def write_average(args: argparse.Namespace, sources: Sequence[Path], target: Pat
     """Average and report; `merge --merge` comes here too."""
     from dataclasses import replace
 
-    from reshard.cli.merge import show_plan, show_result, talk
     from reshard.ops.average import NonFinite, prepare_average
     from reshard.ops.merge import Options, carry_out
 

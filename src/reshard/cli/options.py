@@ -37,6 +37,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--force", action="store_true", help="replace an output that exists, once the new one is complete"
     )
+    group.add_argument(
+        "--verify", action="store_true", help="compare replicas that ranks hold, and read the output again afterwards"
+    )
     group.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     group.add_argument("--threads", type=int, metavar="N")
     group.add_argument("--memory", metavar="SIZE", help="bound of the buffers, as in 64MB")
@@ -50,7 +53,7 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
         "what": args.what, "dtype": args.dtype, "max_shard_size": args.max_shard_size, "base": args.base,
         "include": tuple(args.include), "exclude": tuple(args.exclude), "keep_names": args.keep_names,
         "step": args.step, "state_dict_dirname": args.state_dict_dirname, "cfg_key": args.cfg_key,
-        "save_tokenizer": args.save_tokenizer,
+        "save_tokenizer": args.save_tokenizer, "verify": args.verify,
     }  # fmt: skip
 
 

@@ -18,20 +18,25 @@ from reshard.formats.detect import MODEL, OPTIMIZER, Found, Part, find
 FORMATS = ("dcp", "rank_files", "dcp_safetensors", "huggingface", "safetensors", "torch_save", "deepspeed")
 
 
-def open_part(part: Part) -> Checkpoint:
-    """The checkpoint of one part."""
+HAVE_REPLICAS = ("dcp", "rank_files")
+"""Formats in which several ranks may hold copies of the same data."""
+
+
+def open_part(part: Part, *, verify: bool = False) -> Checkpoint:
+    """The checkpoint of one part; with `verify` copies that several ranks hold are read and compared."""
     module = import_module(f"reshard.formats.{part.format}")
-    checkpoint: Checkpoint = module.open(part.path, part.kind) if part.kind else module.open(part.path)
+    more = {"verify": True} if verify and part.format in HAVE_REPLICAS else {}
+    checkpoint: Checkpoint = module.open(part.path, *([part.kind] if part.kind else []), **more)
     return checkpoint
 
 
-def open_found(found: Found, roles: tuple[str, ...] = (MODEL,)) -> Checkpoint:
+def open_found(found: Found, roles: tuple[str, ...] = (MODEL,), *, verify: bool = False) -> Checkpoint:
     """The parts of these roles as one checkpoint, with the origin of the whole.
 
     Names of an optimizer part get `optimizer.` in front unless they have it. Raises Corrupt when two parts hold one
     FQN.
     """
-    parts = [(part, open_part(part)) for part in found.parts if part.role in roles]
+    parts = [(part, open_part(part, verify=verify)) for part in found.parts if part.role in roles]
     first = parts[0][1]
     writer = first.origin.writer if first.origin.writer.startswith(found.writer) else found.writer
     step = first.origin.step if found.step is None else found.step

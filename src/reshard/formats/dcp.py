@@ -20,20 +20,20 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reshard.core.box import Box, Shape
-from reshard.core.checkpoint import Checkpoint, KeyPath, Origin
+from reshard.core.checkpoint import Checkpoint, KeyPath, Origin, same_bytes
 from reshard.core.dtypes import DType, dtype
-from reshard.core.tensor import Concat, Deferred, Extent, Literal, Stored, Tensor, tiling_problem
+from reshard.core.tensor import Concat, Deferred, Extent, Literal, Stored, Tensor, leaves, tiling_problem
 from reshard.errors import Corrupt, Incomplete, InputError, ReshardError, Unsupported, listed
 from reshard.formats import safetensors
 from reshard.formats.torch_tensor import check_storage, stored, walk
 from reshard.storage.files import Files, LazySource, gc_paused
-from reshard.storage.scratch import Scratch, stream, zstd
+from reshard.storage.scratch import Scratch, ScratchExtent, stream, zstd
 from reshard.storage.torch_zip import SMALL_NBYTES
 from reshard.storage.unpickle import DCP_RECORDS, QTensorRef, Rebuilt, Record, TensorRef, TorchDType, load
 from reshard.storage.zip_entries import Entry, EntryReader, Framing
@@ -71,6 +71,8 @@ class _Wanted:
     dtype: DType
     shape: Shape
     chunks: tuple[_Chunk, ...]
+    replicas: tuple[_Chunk, ...] = ()
+    """Further copies of chunks, by other ranks."""
 
 
 @dataclass(slots=True)
@@ -88,10 +90,11 @@ def matches(names: frozenset[str]) -> bool:
     return ".metadata" in names or any(_RANK_METADATA.fullmatch(n) or n.endswith(".distcp") for n in names)
 
 
-def open(path: Path) -> Checkpoint:
+def open(path: Path, *, verify: bool = False) -> Checkpoint:
     """The checkpoint in a directory, from its metadata alone; chunks are looked up in the files when wanted.
 
-    Raises Incomplete when files or chunks are missing, Corrupt when the metadata contradicts itself or the files.
+    With `verify` chunks that several ranks wrote are read and compared. Raises Incomplete when files or chunks are
+    missing, Corrupt when the metadata contradicts itself or the files.
     """
     index, sizes = _Index(), _sizes(path)
     metadata = _metadata_files(path, sizes)
@@ -102,6 +105,8 @@ def open(path: Path) -> Checkpoint:
         for name, wanted in index.tensors.items():
             _check_chunks(path, name, wanted)
     reader = _Entries(path, index)
+    if verify:
+        reader.compare_replicas()
     tensors: dict[str, Tensor] = {
         name: Deferred(w.dtype, w.shape, partial(reader.one, name)) for name, w in index.tensors.items()
     }
@@ -171,7 +176,7 @@ def _index(path: Path, metadata: Any, index: _Index) -> None:
     for key, info in fields["storage_data"].items():
         where, what = _fields(key), _fields(info)
         offset = where.get("offset")
-        pieces[where["fqn"], None if offset is None else tuple(offset)] = _piece(path, what)
+        pieces[where["fqn"], None if offset is None else tuple(offset)] = _piece(path, where["fqn"], what)
     index.version = str(fields.get("version") or "")
     for name, described in fields["state_dict_metadata"].items():
         if not isinstance(name, str):
@@ -199,12 +204,12 @@ def _fields(record: Record) -> Mapping[str, Any]:
     return state
 
 
-def _piece(path: Path, info: Mapping[str, Any]) -> _Piece:
+def _piece(path: Path, fqn: Any, info: Mapping[str, Any]) -> _Piece:
     name, offset, nbytes = info["relative_path"], info["offset"], info["length"]
     if type(name) is not str or type(offset) is not int or type(nbytes) is not int:
-        raise Corrupt(f"{path}: an entry's place is not (text, number, number)")
+        raise Corrupt(f"{path}: {fqn!s:.300}: an entry's place is not (text, number, number)")
     if offset < 0 or nbytes < 0:
-        raise Corrupt(f"{path}: an entry of {nbytes} bytes at offset {offset} of {name}")
+        raise Corrupt(f"{path}: {fqn!s:.300}: an entry of {nbytes} bytes at offset {offset} of {name}")
     transforms = info.get("transform_descriptors")
     return _Piece(name, offset, nbytes, tuple(map(str, transforms)) if transforms else ())
 
@@ -227,14 +232,16 @@ def _add_tensor(
         else:
             chunks.append(_Chunk(offsets, sizes, piece))
     known = index.tensors.get(name)
+    replicas: tuple[_Chunk, ...] = ()
     if missing and known is None:
         raise Incomplete(f"{path}: {name}: no storage entry for the chunks at {listed(map(str, missing))}")
     if known is not None:
         if (known.dtype, known.shape) != (kind, shape):
             raise Corrupt(f"{path}: {name} is {kind} {list(shape)} here, {known.dtype} {list(known.shape)} elsewhere")
         have = {c.offsets for c in known.chunks}
+        replicas = (*known.replicas, *(c for c in chunks if c.offsets in have))
         chunks = [*known.chunks, *(c for c in chunks if c.offsets not in have)]
-    index.tensors[name] = _Wanted(kind, shape, tuple(chunks))
+    index.tensors[name] = _Wanted(kind, shape, tuple(chunks), replicas)
 
 
 def _dtype(path: Path, name: str, properties: Any) -> DType:
@@ -260,32 +267,39 @@ def _check_files(path: Path, index: _Index, sizes: Mapping[str, int]) -> None:
         end = piece.offset + piece.nbytes
         if end > needed.get(piece.file, -1):
             needed[piece.file] = end
-    missing, short = [], []
+    missing, short, have = [], [], dict(sizes)
     for name, end in sorted(needed.items()):
-        if name in sizes:
-            have = sizes[name]
-        else:
+        if name not in have:
             if name.startswith("/") or "\\" in name or ".." in Path(name).parts or "\0" in name:
                 raise Corrupt(f"{path / '.metadata'} names the file {name!r}, which is not in its directory")
             inner = path / name
             if not inner.is_file() or not inner.resolve().is_relative_to(path.resolve()):
                 missing.append(name)
                 continue
-            have = inner.stat().st_size
-        if have < end:
-            short.append(f"{name} ({have} of at least {end} bytes)")
+            have[name] = inner.stat().st_size
+        if have[name] < end:
+            short.append(f"{name} ({have[name]} of at least {end} bytes)")
     if missing:
         raise Incomplete(
-            f"{path}: {len(missing)} of {len(needed)} shard files are missing: {listed(missing)}",
+            f"{path}: {len(missing)} of {len(needed)} shard files are missing: {listed(missing)}"
+            f" ({_contents(index, lambda piece: piece.file in missing)})",
             hint="copy them from the ranks that wrote them",
         )
     if short:
-        raise Incomplete(f"{path}: shard files are shorter than their metadata says: {listed(short)}")
+        beyond = _contents(index, lambda piece: piece.offset + piece.nbytes > have[piece.file])
+        raise Incomplete(f"{path}: shard files are shorter than their metadata says: {listed(short)} ({beyond})")
+
+
+def _contents(index: _Index, is_meant: Callable[[_Piece], bool]) -> str:
+    """What the pieces that are meant belong to, in words."""
+    fqns = [name for name, wanted in index.tensors.items() if any(is_meant(c.piece) for c in wanted.chunks)]
+    fqns += [name for name, piece in index.objects.items() if is_meant(piece)]
+    return f"parts of {listed(fqns, 3)}"
 
 
 def _pieces(index: _Index) -> Iterable[_Piece]:
     for wanted in index.tensors.values():
-        for chunk in wanted.chunks:
+        for chunk in (*wanted.chunks, *wanted.replicas):
             yield chunk.piece
     yield from index.objects.values()
 
@@ -365,7 +379,9 @@ class _Entries:
 
     def locate(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of these FQNs, the headers of every entry read and checked."""
-        wanted = {name: self.index.tensors[name] for name in names if name in self.index.tensors}
+        return self._located({name: self.index.tensors[name] for name in names if name in self.index.tensors})
+
+    def _located(self, wanted: Mapping[str, _Wanted]) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {name: [_NOT_FOUND] * len(w.chunks) for name, w in wanted.items()}
         queues: dict[str, list[tuple[_Chunk, str, int]]] = defaultdict(list)
         for name, w in wanted.items():
@@ -375,7 +391,23 @@ class _Entries:
             for file, queue in queues.items():
                 queue.sort(key=lambda item: item[0].piece.offset)
                 self._locate_in(file, queue, wanted, parts)
+            self._check_distinct(queues, parts)
             return {name: _assembled(self.path, name, w, parts[name]) for name, w in wanted.items()}
+
+    def compare_replicas(self) -> None:
+        """Raise Corrupt unless all copies of a chunk hold the same bits."""
+        source = LazySource(self.files)
+        for name, wanted in self.index.tensors.items():
+            first = {chunk.offsets: chunk for chunk in wanted.chunks}
+            for copy in wanted.replicas:
+                pair = [_Wanted(wanted.dtype, c.sizes, (c._replace(offsets=(0,) * len(c.sizes)),))
+                        for c in (first[copy.offsets], copy)]  # fmt: skip
+                a, b = (self._located({name: one})[name] for one in pair)
+                if not same_bytes(a, b, source):
+                    raise Corrupt(
+                        f"{self.path}: {name}: {first[copy.offsets].piece.file} and {copy.piece.file} hold different"
+                        f" copies of the chunk at {list(copy.offsets)}"
+                    )
 
     def objects(self) -> dict[str, Any]:
         """What is not a tensor, by FQN; tensors that hide in it go to `tensors_in_objects`."""
@@ -412,32 +444,61 @@ class _Entries:
             except InputError as error:
                 raise _about(name, error) from error
 
-    def _tensor(self, path: str, entry: Entry) -> Tensor:
-        """The one tensor of an entry."""
+    def _check_distinct(
+        self, queues: Mapping[str, Sequence[tuple[_Chunk, str, int]]], parts: Mapping[str, Sequence[Tensor]]
+    ) -> None:
+        """Raise Corrupt when one file is a copy of another: all chunks of both in the same places, with the same
+        checksums, and not one value throughout, as what was set to zeros or ones has."""
+        first: dict[tuple[tuple[str, int, int, int | None], ...], str] = {}
+        for file, queue in queues.items():
+            extents = [(name, leaf.extent) for _, name, n in queue for leaf in leaves(parts[name][n]) if leaf.size]
+            looks = tuple((name, e.offset, e.nbytes, e.crc32) for name, e in extents)
+            if not looks or any(crc is None for *_, crc in looks):
+                continue
+            other = first.setdefault(looks, file)
+            varied = None if other == file else next((name for name, e in extents if self._is_varied(e)), None)
+            if varied is not None:
+                raise Corrupt(
+                    f"{self.path}: {file} and {other} hold the same bytes for different chunks of {varied}"
+                    f"{f' and {len(looks) - 1} more' if len(looks) > 1 else ''}: one was copied over the other",
+                    hint="copy both again from the ranks that wrote them",
+                )
+
+    def _is_varied(self, extent: Extent) -> bool:
+        """Whether the beginning of an extent holds more than one value repeated."""
+        data = self.files.pread(extent.path, extent.offset, min(extent.nbytes, 1 << 16))
+        return len(data) > _ELEMENT_NBYTES and data[_ELEMENT_NBYTES:] != data[:-_ELEMENT_NBYTES]
+
+    def _tensor(self, path: str, entry: Entry, plain: ScratchExtent | None = None) -> Tensor:
+        """The one tensor of an entry, which lies in a shard file or, decompressed, in `plain`."""
         framing = entry.framing
         known = self._layouts.get(id(framing))
         if known is None:
             known = self._layouts[id(framing)] = (framing, _layout(path, entry))
         layout = known[1]
-        extent = Extent(path, entry.start + framing.storages[0].offset, layout.nbytes, entry.crc32s[0])
+        offset, crc32 = entry.start + framing.storages[0].offset, entry.crc32s[0]
+        if plain is None:
+            extent = Extent(path, offset, layout.nbytes, crc32)
+        else:
+            extent = replace(plain, offset=offset, nbytes=layout.nbytes, crc32=crc32)
         if layout.plain is not None:
             return layout.plain.over(extent)
         return stored(layout.ref, extent, framing.byteorder)
 
     def _compressed(self, chunk: _Chunk, kind: DType) -> Tensor:
         limit = kind.nbytes(chunk.sizes) + (1 << 20)
-        path, nbytes = self._decompressed(chunk.piece, limit)
-        (entry,) = self._reader.locate(partial(self.files.pread, path), nbytes, [(0, nbytes)], path)
-        return self._tensor(path, entry)
+        plain = self._decompressed(chunk.piece, limit)
+        read = partial(self.files.pread, plain.path)
+        (entry,) = self._reader.locate(read, plain.nbytes, [(0, plain.nbytes)], plain.path)
+        return self._tensor(plain.path, entry, plain)
 
-    def _decompressed(self, piece: _Piece, limit_nbytes: int) -> tuple[str, int]:
+    def _decompressed(self, piece: _Piece, limit_nbytes: int) -> ScratchExtent:
         where = f"{self.path / piece.file} at byte {piece.offset}"
         if piece.transforms != ("stream.zstd/1",):
             raise Unsupported(f"{where}: stored through the extension {listed(piece.transforms)}")
         self._scratch = self._scratch or Scratch()
         extent = Extent(str(self.path / piece.file), piece.offset, piece.nbytes)
-        plain = self._scratch.decoded(zstd(stream(self.files, extent), where), limit_nbytes, where)
-        return plain.path, plain.nbytes
+        return self._scratch.decoded(zstd(stream(self.files, extent), where), limit_nbytes, where)
 
     def _in_blob(self, chunk: _Chunk, name: str) -> Tensor:
         file, offset = chunk.piece.file, chunk.piece.offset
@@ -454,7 +515,8 @@ class _Entries:
         """(`FILE at byte N`, the archive there) of an object."""
         path, start, nbytes = str(self.path / piece.file), piece.offset, piece.nbytes
         if piece.transforms:
-            (path, nbytes), start = self._decompressed(piece, SMALL_NBYTES), 0
+            plain = self._decompressed(piece, SMALL_NBYTES)
+            path, start, nbytes = plain.path, 0, plain.nbytes
         read = partial(self.files.pread, path)
         (entry,) = self._reader.locate(read, self.files.nbytes(path), [(start, nbytes)], path)
         return f"{path} at byte {start}", entry
@@ -475,6 +537,9 @@ class _Entries:
                     self.paths[label] = keys
         return value
 
+
+_ELEMENT_NBYTES = 16
+"""A multiple of the size of every element."""
 
 _NOT_FOUND = Literal(dtype("U8"), (0,), b"")
 """Stands for the part of a chunk that nobody reads."""

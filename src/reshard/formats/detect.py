@@ -66,22 +66,14 @@ _NUMBERED = re.compile(
     r"(?:(?P<name>checkpoint|step|dist_epoch|epoch|iter|global_step|ep\d+-ba)[-_]?(?P<step>\d+))(?:\.ckpt)?"
 )
 _LIGHTNING = re.compile(r".*step=(?P<step>\d+).*")
-_RANK_FILE = re.compile(
-    r"(?P<kind>model|optim|optimizer|extra_state|dataloader_state)_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt"
-    r"|pytorch_model_fsdp(?:_\d+)?_rank(?P<accelerate>\d+)\.bin"
-    r"|.+\.rank_(?P<dino>\d+)\.pth"
-)
 _HF_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _MODEL_DIRECTORY = re.compile(r"pytorch_model_fsdp_(\d+)")
 _OPTIMIZER_DIRECTORY = re.compile(r"(optimizer_\d+|optimizer|optim)")
-_WHOLE = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+_WHOLE = {
+    "huggingface": ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+    "torch_save": ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),
+}
+"""Files of whole models and adapters, by the format that reads them."""
 _SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _PASS_THROUGH = (
     "weights",
@@ -130,13 +122,10 @@ def numbered(run: Path) -> list[tuple[int, Path]]:
 
 
 def _of_file(path: Path) -> Found:
+    from reshard.formats import rank_files
+
     name = path.name
-    if (
-        name == ".metadata"
-        or name.endswith((".distcp", ".metadata"))
-        or _RANK_FILE.fullmatch(name)
-        or _HF_SHARD.fullmatch(name)
-    ):
+    if name.endswith((".distcp", ".metadata")) or rank_files.matches(frozenset([name])) or _HF_SHARD.fullmatch(name):
         return find(path.parent)
     deepspeed = _deepspeed_directory(path)
     if deepspeed is not None:
@@ -259,16 +248,16 @@ def _dcp(path: Path, names: Sequence[str]) -> Found | None:
 
 
 def _rank_files(path: Path, names: Sequence[str]) -> Found | None:
-    kinds = {
-        m["kind"] or ("model" if m["accelerate"] or m["dino"] else "") for m in map(_RANK_FILE.fullmatch, names) if m
-    }
+    from reshard.formats import rank_files
+
+    kinds = sorted({group.kind for group in rank_files.groups(names)})
     if not kinds:
         return None
-    roles = {"model": MODEL, "optim": OPTIMIZER, "optimizer": OPTIMIZER}
-    parts = [Part(roles.get(kind, EXTRA), "rank_files", path, kind) for kind in sorted(kinds)]
+    roles = {"model": MODEL, "optimizer": OPTIMIZER}
+    parts = [Part(roles.get(kind, EXTRA), "rank_files", path, kind) for kind in kinds]
     parts.sort(key=lambda p: (p.role != MODEL, p.role != OPTIMIZER))
-    if not any(p.kind == "model" for p in parts):
-        parts[0] = replace(parts[0], role=MODEL if len(parts) == 1 else parts[0].role)
+    if len(parts) == 1:
+        parts = [replace(parts[0], role=MODEL)]
     accelerate = any(n.startswith("pytorch_model_fsdp") for n in names)
     writer = "accelerate (FSDP)" if accelerate else "FSDP, one file a rank (verl's layout)"
     optimizers = () if any(p.role == OPTIMIZER for p in parts) else tuple(_optimizers(path))
@@ -290,11 +279,12 @@ def _full(path: Path, names: Sequence[str]) -> Found | None:
 
 
 def _whole(path: Path, names: Sequence[str]) -> Found | None:
-    if not set(_WHOLE) & set(names):
+    format = next((format for format, files in _WHOLE.items() if not set(files).isdisjoint(names)), None)
+    if format is None:
         return None
     tag = _latest(path, names)
     notices = () if tag is None else (f"{tag.parts[0].path} holds its fp32 weights too; name it to merge those",)
-    return Found(path, (Part(MODEL, "huggingface", path),), "HuggingFace", _step_of(path), notices=notices)
+    return Found(path, (Part(MODEL, format, path),), "HuggingFace", _step_of(path), notices=notices)
 
 
 def _deepspeed(path: Path, names: Sequence[str]) -> Found | None:

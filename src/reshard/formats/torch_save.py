@@ -99,7 +99,7 @@ class File:
                 plain = self._scratch.decoded(pieces, record.nbytes, where)
                 if plain.nbytes != record.nbytes:
                     raise Corrupt(f"{where} inflates to {plain.nbytes} bytes, the archive says {record.nbytes}")
-                self._extents[storage.key] = _Inflated(plain.path, 0, plain.nbytes, record.crc32, self._scratch)
+                self._extents[storage.key] = replace(plain, crc32=record.crc32)
         return self._place(storage)
 
     def _tensor(self, ref: TensorRef) -> Tensor:
@@ -168,13 +168,6 @@ class File:
         if at != end:
             raise Corrupt(f"{path}: {end - at} bytes after the last storage belong to none")
         return file
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Inflated(Extent):
-    """An extent of a temporary file, which lives as long as anyone refers to it."""
-
-    scratch: Scratch | None = field(default=None, repr=False)
 
 
 def read(path: Path, files: Files | None = None) -> File:

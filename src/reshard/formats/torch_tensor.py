@@ -12,7 +12,6 @@ from reshard.core.tensor import Extent, Stored, Tensor
 from reshard.errors import Corrupt, Unsupported
 from reshard.storage.unpickle import StorageRef, TensorRef
 
-
 MAX_NUM_DIMS = 64
 """What numpy and torch can handle."""
 

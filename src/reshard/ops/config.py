@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from reshard.core.checkpoint import Checkpoint
 from reshard.core.dtypes import DType, dtype
 from reshard.core.tensor import Tensor
-from reshard.errors import Mismatch, Unsupported
+from reshard.dialects.shapes import parameter_shapes
+from reshard.errors import Incomplete, InputError, Mismatch, Unsupported, listed
 from reshard.ops import tie
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -133,3 +135,37 @@ def _vocabulary(config: Mapping[str, Any], tensors: Mapping[str, Tensor], change
             else:
                 result["vocab_size"] = rows
     return result if changes else config
+
+
+def check_complete(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Hold the tensors against what the config implies, for the families whose shapes are known from it.
+
+    Raises Incomplete for parameters that are missing, which a loader would initialise anew, and Mismatch for shapes of
+    another model. The rows of embeddings and head, which training may change, are `reconcile`'s.
+    """
+    try:
+        shapes = parameter_shapes(config)
+    except InputError:
+        return
+    tensors, where = checkpoint.tensors, checkpoint.origin.path
+    held = [fqn for fqn in shapes if fqn in tensors]
+    if 2 * len(held) < len(tensors):
+        return  # an adapter, a part, or a model under names of its own
+    resized = {tie.embeddings(tensors), *tie.HEADS}
+    wrong = [fqn for fqn in held if fqn not in resized and tensors[fqn].shape != shapes[fqn]]
+    if wrong:
+        shown = listed((f"{f} is {list(tensors[f].shape)}, not {list(shapes[f])}" for f in wrong), 5)
+        raise Mismatch(
+            f"{where}: {len(wrong)} tensors have not the shapes that config.json implies: {shown}",
+            hint="either shards are missing, or the config belongs to another model: check both",
+        )
+    missing = [f for f in shapes if f not in tensors and f not in tie.HEADS and not _ALTERNATIVE.search(f)]
+    if missing:
+        raise Incomplete(
+            f"{where}: {len(missing)} parameters that config.json implies are missing: {listed(missing)}",
+            hint="a loader would initialise them anew; --keep-names writes what is there",
+        )
+
+
+_ALTERNATIVE = re.compile(r"\.(block_sparse_moe|experts|mlp\.gate)\b")
+"""Names that have several spellings, of which a model has one."""

@@ -11,19 +11,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from reshard.core.checkpoint import Checkpoint
+from reshard.core.checkpoint import Checkpoint, same_bytes
 from reshard.core.compute import cast
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Tensor, leaves
 from reshard.errors import Corrupt, NotFound, OutputError, listed
 from reshard.formats import open_found
 from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find
-from reshard.ops import names
+from reshard.ops import names, tie
 from reshard.storage import manifest
 from reshard.storage.plan import Plan
 from reshard.storage.run import Progress, Result, run
@@ -61,6 +62,8 @@ class Options:
     cfg_key: str | None = None
     """Where the config is in Lightning's meta.pt, for `.ckpt` outputs."""
     save_tokenizer: bool = True
+    verify: bool = False
+    """Compare the copies of data that several ranks hold, and read the output again when it is written."""
 
     def record(self) -> dict[str, Any]:
         """What differs from the defaults, for the manifest."""
@@ -87,6 +90,8 @@ class Prepared:
     """All that is written."""
     plan: Plan
     notices: tuple[str, ...]
+    verify: bool = False
+    """Whether the output is read again when it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +143,7 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
     """Everything up to the plan, from headers alone."""
     roles = {"model": (MODEL,), "optimizer": (OPTIMIZER, MODEL), "all": (MODEL, OPTIMIZER, EMA, EXTRA)}[options.what]
     found = find(source, step=options.step, state_dict_dirname=options.state_dict_dirname)
-    opened = open_found(found, roles)
+    opened = open_found(found, roles, verify=options.verify)
     config, assets, notices = _companions(found, opened, options)
     opened = replace(opened, config=config, assets=assets)
     checkpoint = _chosen(opened, options)
@@ -146,7 +151,7 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
     if options.what == "model":
         checkpoint = _shaped(checkpoint)
         if not options.keep_names and kind != "torch_save":
-            checkpoint = _as_huggingface(checkpoint)
+            checkpoint = _as_huggingface(checkpoint, whole=not (options.include or options.exclude))
     else:
         _check_optimizer(checkpoint)
     if options.dtype is not None:
@@ -154,7 +159,7 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
         checkpoint = replace(checkpoint, tensors={n: cast(t, to) for n, t in checkpoint.tensors.items()})
     if not checkpoint.tensors:
         raise NotFound(f"{found.root}: no tensor is left to write", hint="see `reshard inspect` for the names")
-    if kind == "huggingface" and config is None:
+    if kind == "huggingface" and options.what == "model" and config is None:
         notices += ("there is no config.json beside the checkpoint, so the output has none: --base brings it",)
     checkpoint = replace(checkpoint, notices=checkpoint.notices + notices)
     return planned(found, opened, checkpoint, output, options)
@@ -178,7 +183,7 @@ def planned(
     }  # fmt: skip
     facts = {"source": source_facts | dict(recipe or {}), "options": options.record(), "output": kind}
     plan = manifest.with_manifest(replace(plan, facts=facts), __version__)
-    return Prepared(found, opened, checkpoint, plan, checkpoint.notices)
+    return Prepared(found, opened, checkpoint, plan, checkpoint.notices, options.verify)
 
 
 def carry_out(
@@ -196,7 +201,9 @@ def carry_out(
         _check_removable(prepared)
     more = {} if block_nbytes is None else {"block_nbytes": block_nbytes}
     result = run(prepared.plan, output, threads=threads, force=force, progress=progress, **more)
-    removed = _remove_shards(prepared, output, threads) if remove_shards else ()
+    if remove_shards or prepared.verify:
+        _read_again(output, threads)
+    removed = _remove_shards(prepared) if remove_shards else ()
     return _merged(prepared, result, removed)
 
 
@@ -226,7 +233,7 @@ def _companions(
         other, files = huggingface.companions(place)
         config = other if config is None else config
         assets = files | assets
-    if options.base is not None and config is None:
+    if options.base is not None and config is None and "adapter_config.json" not in assets:
         raise NotFound(f"{options.base} has no config.json")
     if not options.save_tokenizer:
         assets = {name: tensor for name, tensor in assets.items() if not _TOKENIZER.fullmatch(name)}
@@ -292,16 +299,20 @@ def _check_optimizer(checkpoint: Checkpoint) -> None:
         )
 
 
-def _as_huggingface(checkpoint: Checkpoint) -> Checkpoint:
+def _as_huggingface(checkpoint: Checkpoint, whole: bool) -> Checkpoint:
     """Hub names, ties written once, and the config as training left it."""
     from reshard.dialects import transformers
+    from reshard.ops.config import check_complete
     from reshard.ops.tie import tie
 
     config = checkpoint.config
     checkpoint = names.without_attribute(names.without_ddp(checkpoint), config)
     if config is None:
         return checkpoint
-    return tie(transformers.to_hub(checkpoint, config), config)
+    checkpoint = tie(transformers.to_hub(checkpoint, config), config)
+    if whole:
+        check_complete(config, checkpoint)
+    return checkpoint
 
 
 def _plan(found: Found, checkpoint: Checkpoint, output: Path, options: Options) -> tuple[Checkpoint, Plan]:
@@ -331,6 +342,9 @@ def _plan_torch_save(found: Found, checkpoint: Checkpoint, output: Path, options
     """`.ckpt`: `{"state_dict": ..., "cfg": ...}`, the configuration from meta.pt; else the state dict alone."""
     from reshard.formats import lightning, torch_save
 
+    if options.what == "all":
+        nest = partial(names.nested, checkpoint)
+        return checkpoint, Plan((torch_save.plan(checkpoint, "", wrap=nest, name=output.stem),))
     if output.suffix != ".ckpt":
         return checkpoint, Plan((torch_save.plan(checkpoint, "", name=output.stem),))
     config = lightning.find_config(found.root, options.cfg_key)
@@ -355,9 +369,13 @@ def _plan_torch_save(found: Found, checkpoint: Checkpoint, output: Path, options
 
 def _check_removable(prepared: Prepared) -> None:
     """Raise OutputError when the shards hold anything that nothing of the output is made of."""
-    used = {id(leaf.extent) for tensor in prepared.checkpoint.tensors.values() for leaf in leaves(tensor)}
-    stored = prepared.opened.located().tensors.items()
-    left = [fqn for fqn, t in stored if t.size and not any(id(leaf.extent) in used for leaf in leaves(t))]
+    kept = {place for tensor in prepared.checkpoint.tensors.values() for place in _places(tensor)}
+    stored = prepared.opened.located().tensors
+    left = [fqn for fqn, tensor in stored.items() if tensor.size and not kept.intersection(_places(tensor))]
+    if len(left) <= len(tie.TIES):  # one tensor under two names is written once
+        whole = [tensor for fqn, tensor in stored.items() if fqn not in left]
+        source = prepared.opened.source
+        left = [fqn for fqn in left if not any(same_bytes(stored[fqn], tensor, source) for tensor in whole)]
     left += prepared.opened.objects
     if left:
         raise OutputError(
@@ -366,11 +384,19 @@ def _check_removable(prepared: Prepared) -> None:
         )
 
 
-def _remove_shards(prepared: Prepared, output: Path, threads: int | None) -> tuple[Path, ...]:
-    """Remove the shards once the output, read again, is what its manifest says."""
+def _places(tensor: Tensor) -> set[tuple[str, int]]:
+    """Where in which files a tensor lies."""
+    return {(leaf.extent.path, leaf.extent.offset) for leaf in leaves(tensor)}
+
+
+def _read_again(output: Path, threads: int | None) -> None:
+    """Raise OutputError unless the output is what its manifest says."""
     verified = manifest.verify(output, threads)
     if verified.problems:
-        raise OutputError(f"{output}: {listed(verified.problems)}", hint="the shards were kept")
+        raise OutputError(f"{output}: {listed(verified.problems)}", hint="the disk did not keep what was written")
+
+
+def _remove_shards(prepared: Prepared) -> tuple[Path, ...]:
     files = prepared.checkpoint.origin.files
     for file in files:
         file.unlink()

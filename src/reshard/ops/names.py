@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from reshard.core.checkpoint import Checkpoint, KeyPath
 from reshard.errors import Mismatch, NotFound, listed
@@ -103,6 +104,48 @@ def without_attribute(checkpoint: Checkpoint, config: Mapping[str, object] | Non
             return checkpoint
         checkpoint = _without(checkpoint, lambda parts: parts[1:], first.pop())
     return checkpoint
+
+
+def nested(checkpoint: Checkpoint, leaves: Mapping[str, Any]) -> Any:
+    """The state dict as it was before it was flattened: `leaves` (one for each FQN) and the objects at their paths.
+
+    Tensors inside of an object stay where they are in it.
+    """
+    root: dict[Any, Any] = {}
+    for name, value in checkpoint.objects.items():
+        _put(root, checkpoint.path(name), value)
+    for fqn, leaf in leaves.items():
+        _put(root, checkpoint.path(fqn), leaf)
+    return _with_lists(root)
+
+
+def _put(root: dict[Any, Any], path: KeyPath, value: Any) -> None:
+    for key in path[:-1]:
+        child = root.get(key)
+        if isinstance(child, tuple | list):
+            child = dict(enumerate(child)) | {_WAS: type(child)}
+        elif not isinstance(child, dict):
+            child = {}
+        root[key] = child
+        root = child
+    root[path[-1]] = value
+
+
+_WAS = object()
+"""Marks a dict that stands for a tuple or a list while its tensors are put in."""
+
+
+def _with_lists(value: Any) -> Any:
+    """Dicts that stand for lists or tuples, or have the positions of a list for keys, as those."""
+    if not isinstance(value, dict):
+        return value
+    was = value.pop(_WAS, None)
+    children = {key: _with_lists(child) for key, child in value.items()}
+    if was is not None:
+        return was(children[i] for i in range(len(children)))
+    if children and all(type(key) is int for key in children) and sorted(children) == list(range(len(children))):
+        return [children[i] for i in range(len(children))]
+    return type(value)(children) if type(value) is not dict else children
 
 
 def _looks_like_huggingface(fqn: str) -> bool:

@@ -523,15 +523,20 @@ def _locked(staging: Path, final: Path) -> int:
 
 
 def _clear(staging: Path) -> None:
-    """Remove a staging directory that this process holds; the lock last, so that whoever waits finds nothing old."""
+    """Remove a staging directory that this process holds.
+
+    The journal goes late, because it is what tells a complete destination from somebody else's; the lock goes last, so
+    that whoever waits for it finds nothing old.
+    """
     for path in staging.iterdir():
-        if path.name == "lock":
+        if path.name in ("journal", "lock"):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    (staging / "lock").unlink(missing_ok=True)
+    for name in ("journal", "lock"):
+        (staging / name).unlink(missing_ok=True)
     with suppress(OSError):  # another process may have begun
         staging.rmdir()
 

@@ -7,6 +7,7 @@ import tempfile
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from reshard.core.tensor import Extent
@@ -14,6 +15,13 @@ from reshard.errors import Corrupt, Unsupported
 from reshard.storage.files import Files
 
 _PIECE_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScratchExtent(Extent):
+    """An extent of a temporary file, which stays as long as anyone refers to the extent."""
+
+    scratch: Scratch | None = field(default=None, repr=False)
 
 
 class Scratch:
@@ -24,7 +32,7 @@ class Scratch:
         weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._count = 0
 
-    def decoded(self, pieces: Iterable[bytes], limit_nbytes: int, where: str) -> Extent:
+    def decoded(self, pieces: Iterable[bytes], limit_nbytes: int, where: str) -> ScratchExtent:
         """All pieces in a file, as one extent. Raises Corrupt, naming `where`, past the limit."""
         self._count += 1
         path = self._directory / str(self._count)
@@ -35,7 +43,7 @@ class Scratch:
                 if nbytes > limit_nbytes:
                     raise Corrupt(f"{where}: it decompresses to more than the {limit_nbytes} bytes expected")
                 file.write(piece)
-        return Extent(str(path), 0, nbytes)
+        return ScratchExtent(str(path), 0, nbytes, scratch=self)
 
 
 def zstd(pieces: Iterable[bytes], where: str) -> Iterator[bytes]:

@@ -1,0 +1,52 @@
+"""`--all` into a torch.save file gives the state dict that was saved, nesting and objects included."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import reshard
+
+STATE: dict[str, Any] = {
+    "model": OrderedDict(
+        [("a.weight", torch.arange(6.0).reshape(2, 3)), ("b.bias", torch.tensor(1, dtype=torch.int64))]
+    ),
+    "optimizer": {
+        "state": {0: {"exp_avg": torch.ones(2, 3), "step": torch.tensor(3.0)}},
+        "param_groups": [{"lr": 0.1}],
+    },
+    "epoch": 3,
+    "pair": (torch.ones(2), 5, "text"),
+    "mixed": [1, {"t": torch.zeros(2)}, None],
+    "name": "run",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_into_pt_equals_what_torch_itself_makes_of_a_dcp(tmp_path: Path) -> None:
+    dcp.save(STATE, checkpoint_id=str(tmp_path / "ckpt"))
+    dcp_to_torch_save(str(tmp_path / "ckpt"), str(tmp_path / "torch.pt"))
+    reshard.merge(tmp_path / "ckpt", tmp_path / "ours.pt", what="all")
+    expected = torch.load(tmp_path / "torch.pt", weights_only=False)
+    actual = torch.load(tmp_path / "ours.pt", weights_only=False)
+    assert sorted(flat(actual), key=repr) == sorted(flat(expected), key=repr)
+
+
+def flat(value: Any, path: tuple[Any, ...] = ()) -> list[Any]:
+    """Paths, types and values; tensors as lists."""
+    if isinstance(value, dict):
+        return [(path, "dict", len(value)), *(x for k, v in value.items() for x in flat(v, (*path, k)))]
+    if isinstance(value, list | tuple):
+        return [
+            (path, type(value).__name__, len(value)),
+            *(x for k, v in enumerate(value) for x in flat(v, (*path, k))),
+        ]
+    if isinstance(value, torch.Tensor):
+        return [(path, str(value.dtype), value.tolist())]
+    return [(path, type(value).__name__, value)]
