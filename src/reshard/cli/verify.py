@@ -24,9 +24,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         for problem in verified.problems:
             output.show(problem)
-        against = f", and equals {args.against}" if args.against else ""
+        against = f", and equal what {args.against} gives" if args.against else ""
         if verified.ok:
             output.show(f"{args.output}: {verified.num_tensors} tensors are what was written{against}")
         else:
-            output.say(f"error: {args.output}: {len(verified.problems)} problems")
+            many = len(verified.problems)
+            output.say(f"error: {args.output}: {many} problem{'s' * (many > 1)}")
     return 0 if verified.ok else 1
