@@ -6,8 +6,10 @@ what is computed is said by the type (`Cast`, `Mean`), and each rounds once, to 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import frexp
 from typing import Any, Literal
 
 import numpy as np
@@ -109,8 +111,22 @@ def round_into(numbers: Array, out: Array, to: DType) -> None:
         for at in range(0, len(numbers), PIECE):
             piece = numbers[at : at + PIECE]
             if to.itemsize <= 2 and piece.dtype == np.float64:
-                piece = _to_odd_float32(piece)
+                piece = _ready_for_bfloat16(piece) if to.name == "BF16" else _to_odd_float32(piece)
             target[at : at + PIECE] = piece
+
+
+def _ready_for_bfloat16(numbers: Array) -> Array:
+    """float64 as float32 that rounds to the same bfloat16: only what looks like a tie there needs care."""
+    nearest = _as_float32(numbers)
+    ties = _bfloat16_ties(nearest)
+    if len(ties):
+        nearest[ties] = _to_odd_float32(numbers[ties])
+    return nearest
+
+
+def _bfloat16_ties(numbers: Array) -> Array:
+    """Where float32 numbers lie half-way between two bfloat16 neighbours."""
+    return np.flatnonzero(numbers.view(np.uint16)[::2] == 0x8000)
 
 
 def _to_odd_float32(numbers: Array) -> Array:
@@ -118,7 +134,7 @@ def _to_odd_float32(numbers: Array) -> Array:
 
     Rounding to odd: what is not exact ends in an odd last bit, so it is never mistaken for a tie.
     """
-    nearest = numbers.astype(np.float32)
+    nearest: Array = numbers.astype(np.float32)
     wide = nearest.astype(np.float64)
     inexact = (wide != numbers) & np.isfinite(nearest)
     if not inexact.any():
@@ -180,53 +196,94 @@ class Mean(Tensor):
                 self.report(index, bad)
 
 
+class _Workspace(threading.local):
+    """Arrays that each thread uses again and again: fresh memory costs more than the arithmetic on it."""
+
+    def __init__(self) -> None:
+        self.float64 = np.empty(PIECE, np.float64)
+        self.float32 = np.empty(PIECE, np.float32)
+
+
+_workspace = _Workspace()
+
+
 def _mean_float32(pieces: Sequence[Array], weights: Sequence[float], _to: DType) -> Array:
-    total: Array = np.zeros(len(pieces[0]), np.float32)
+    total = _workspace.float32[: len(pieces[0])]
+    total[:] = 0
     equal = len(set(weights)) == 1
     for piece, weight in zip(pieces, weights, strict=True):
-        total += piece.astype(np.float32, copy=False) * np.float32(1 if equal else weight)
+        total += piece if equal else piece.astype(np.float32, copy=False) * np.float32(weight)
     total /= np.float32(len(weights) if equal else sum(weights))
     return total
 
 
 def _mean_float64(pieces: Sequence[Array], weights: Sequence[float], to: DType) -> Array:
-    """In float64, and where that lands on a tie of the output dtype, decided by the exact remainder."""
+    """In float64, and where that lies close to a tie of the output dtype, decided by the exact remainder."""
     equal = len(set(weights)) == 1
     divisor = float(len(weights) if equal else sum(weights))
     factors = [1.0 if equal else w for w in weights]
-    total: Array = np.zeros(len(pieces[0]), np.float64)
+    total = _workspace.float64[: len(pieces[0])]
+    total[:] = 0
     for piece, factor in zip(pieces, factors, strict=True):
         total += piece if factor == 1.0 else piece.astype(np.float64) * factor
-    total /= divisor
-    tie = _TIE.get(to.name)
-    if tie is not None and not (equal and _is_exact(pieces)):
-        mask, half = tie
-        suspects = np.flatnonzero(((total.view(np.uint64) - half + np.uint64(16)) & mask) < np.uint64(33))
-        if len(suspects):
-            total[suspects] = _mean_exact([p[suspects] for p in pieces], factors, divisor)
+    if frexp(divisor)[0] == 0.5:
+        total *= 1 / divisor  # exact
+    else:
+        total /= divisor
+    suspects = _near_ties(total, to)
+    if len(suspects):
+        chosen = [p[suspects] for p in pieces]
+        if not (equal and _is_exact(chosen)):
+            total[suspects] = _mean_exact(chosen, factors, divisor)
     return total
 
 
-_TIE = {
-    d.name: (np.uint64((1 << bits) - 1), np.uint64(1 << (bits - 1)))
-    for d, bits in ((dtype("F32"), 29), (dtype("BF16"), 45), (dtype("F16"), 42))
-}
-"""Per dtype the float64 bits below its last one, and their value half-way between two neighbours. A float64 mean within
-a few units of a tie may have been rounded onto or over it."""
+def _near_ties(numbers: Array, to: DType) -> Array:
+    """Where float64 numbers lie so close to a tie of the dtype that their own rounding may have decided it."""
+    if to.name == "BF16":
+        return _bfloat16_ties(_as_float32(numbers))
+    if to.name == "F32":
+        low = _workspace.float32[: len(numbers)].view(np.uint32)
+        np.bitwise_and(numbers.view(np.uint32)[::2], np.uint32((1 << 29) - 1), out=low)
+        np.subtract(low, np.uint32((1 << 28) - 16), out=low)
+        return np.flatnonzero(low <= 32)
+    if to.name == "F16":
+        low64 = numbers.view(np.uint64) & np.uint64((1 << 42) - 1)
+        near = low64 - np.uint64((1 << 41) - 16) <= 32
+        return np.flatnonzero(near | (np.abs(numbers) < _SMALLEST_NORMAL_F16))  # ties of subnormals lie elsewhere
+    return np.zeros(0, np.intp)
+
+
+_SMALLEST_NORMAL_F16 = 2.0**-14
+
+
+def _as_float32(numbers: Array) -> Array:
+    """At most PIECE float64 numbers, rounded, in the workspace."""
+    nearest = _workspace.float32[: len(numbers)]
+    nearest[:] = numbers
+    return nearest
 
 
 def _is_exact(pieces: Sequence[Array]) -> bool:
-    """Whether float64 sums of these bfloat16 numbers lose nothing: their exponents lie close enough together.
+    """Whether float64 sums of these numbers lose nothing: their exponents lie close enough together.
 
-    A sum of n terms of 8 bits, 36 binary orders apart, needs 44 + log2(n) of float64's 53 bits. Then a quotient that is
-    not exactly a tie cannot be rounded to one either.
+    A sum of n terms of p bits, d binary orders apart, needs p + d + log2(n) of float64's 53 bits. Where two more are
+    left, a quotient by n that is no tie lies further from one than half a unit, so rounding cannot make it one.
     """
-    if len(pieces) > 256 or any(p.dtype != dtype("BF16").numeric for p in pieces):
+    if len(pieces) > 16 or len({p.dtype for p in pieces}) > 1 or pieces[0].dtype not in _LAYOUTS:
         return False
-    magnitudes = [p.view(np.uint16) & np.uint16(0x7FFF) for p in pieces]
+    bits, mantissa = _LAYOUTS[pieces[0].dtype]
+    magnitudes = [p.view(bits) & bits(~(1 << (8 * p.itemsize - 1)) & ((1 << (8 * p.itemsize)) - 1)) for p in pieces]
     largest = max(int(m.max()) for m in magnitudes)
-    smallest = min(int((m - np.uint16(1)).min()) for m in magnitudes) + 1  # zeros wrap to the largest
-    return (largest >> 7) - (smallest >> 7) <= 36
+    smallest = min(int((m - bits(1)).min()) for m in magnitudes) + 1  # zeros wrap to the largest
+    return (mantissa + 1) + (largest >> mantissa) - (smallest >> mantissa) + 4 <= 51
+
+
+_LAYOUTS: dict[np.dtype[Any], tuple[Any, int]] = {
+    dtype("BF16").number: (np.uint16, 7),
+    dtype("F32").number: (np.uint32, 23),
+}
+"""How the numbers of a type lie: unsigned integers of the same size, and the bits of the mantissa among them."""
 
 
 def _mean_exact(pieces: Sequence[Array], factors: Sequence[float], divisor: float) -> Array:
@@ -239,12 +296,15 @@ def _mean_exact(pieces: Sequence[Array], factors: Sequence[float], divisor: floa
         back = total - high
         low += (high - (total - back)) + (product - back) + error
         high = total
-    quotient = (high + low) / divisor
-    product, error = _two_product(quotient, divisor)
-    remainder = ((high - product) - error) + low
-    inexact = (remainder != 0) & np.isfinite(quotient)
+    first = (high + low) / divisor
+    product, error = _two_product(first, divisor)
+    correction = (((high - product) - error) + low) / divisor
+    quotient: Array = first + correction
+    rest = correction - (quotient - first)
+    noise = np.abs(quotient) * 2.0**-100  # what the sum of the errors may itself have lost
+    inexact = (np.abs(rest) > noise) & np.isfinite(quotient)
     bits = quotient.view(np.uint64)
-    toward_zero = inexact & ((remainder < 0) == (quotient > 0)) & (quotient != 0)
+    toward_zero = inexact & ((rest < 0) == (quotient > 0)) & (quotient != 0)
     bits -= toward_zero.astype(np.uint64)
     bits |= inexact.astype(np.uint64)
     return quotient
