@@ -31,11 +31,15 @@ ALIKE = {
         "nemo", "nemo/step=500.ckpt", "nemo/step=500.ckpt/.metadata", "nemo/step=500.ckpt/__0_0.distcp",
         "nemo/step=500.ckpt/meta.pt",
     ],
-    "torchtitan": ["outputs", "outputs/checkpoint", "outputs/checkpoint/step-500", "outputs/checkpoint/step-500/.metadata"],
+    "torchtitan": [
+        "outputs", "outputs/checkpoint", "outputs/checkpoint/step-500", "outputs/checkpoint/step-500/.metadata",
+    ],
     "FSDP1 local": ["fsdp1", "fsdp1/checkpoint-500", "fsdp1/checkpoint-500/pytorch_model_fsdp_rank1.bin"],
     "torch HuggingFaceStorageWriter": ["sharded_save", "sharded_save/shard-00001-model-00001-of-00001.safetensors"],
     "DeepSpeed": ["zero", "zero/global_step3", "zero/latest", "zero/global_step3/mp_rank_00_model_states.pt"],
-    "HuggingFace": ["big_model", "big_model/model.safetensors.index.json", "big_model/model-00002-of-00003.safetensors"],
+    "HuggingFace": [
+        "big_model", "big_model/model.safetensors.index.json", "big_model/model-00002-of-00003.safetensors",
+    ],
     "PEFT": ["lora", "lora/checkpoint-500", "lora/checkpoint-500/pytorch_model_fsdp_0"],
 }  # fmt: skip
 """Paths that mean one checkpoint, the first the furthest up."""

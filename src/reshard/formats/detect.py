@@ -127,6 +127,8 @@ def _of_file(path: Path) -> Found:
     name = path.name
     if name.endswith((".distcp", ".metadata")) or rank_files.matches(frozenset([name])) or _HF_SHARD.fullmatch(name):
         return find(path.parent)
+    if name == "meta.pt" and (path.parent / ".metadata").is_file():
+        return find(path.parent)
     deepspeed = _deepspeed_directory(path)
     if deepspeed is not None:
         return find(deepspeed)
