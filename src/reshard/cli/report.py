@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reshard.cli import output
+from reshard.errors import OutputError
 
 if TYPE_CHECKING:
     from reshard.ops.merge import Merged, Prepared
@@ -19,10 +20,14 @@ def talk(args: argparse.Namespace, notices: tuple[str, ...]) -> None:
 
 
 def show_plan(args: argparse.Namespace, prepared: Prepared, destination: Path) -> int:
-    """What would be done, in the conditional."""
-    from reshard.storage.run import check_destination
+    """What would be done, in the conditional. Raises OutputError when the destination would be refused."""
+    from reshard.storage.run import check_destination, check_space
 
     check_destination(destination, prepared.plan, args.force)
+    try:
+        check_space(destination, prepared.plan)
+    except OutputError as error:
+        output.say(f"note: {error}")
     plan, origin = prepared.plan, prepared.checkpoint.origin
     if args.json:
         files = {

@@ -456,7 +456,10 @@ class _Entries:
             if not looks or any(crc is None for *_, crc in looks):
                 continue
             other = first.setdefault(looks, file)
-            varied = None if other == file else next((name for name, e in extents if self._is_varied(e)), None)
+            if other == file:
+                continue
+            largest = sorted(extents, key=lambda item: -item[1].nbytes)[:_NUM_COMPARED]
+            varied = next((name for name, e in largest if self._is_varied(e)), None)
             if varied is not None:
                 raise Corrupt(
                     f"{self.path}: {file} and {other} hold the same bytes for different chunks of {varied}"
@@ -538,6 +541,8 @@ class _Entries:
         return value
 
 
+_NUM_COMPARED = 8
+"""Of two files that look alike, so many of the largest chunks are looked into."""
 _ELEMENT_NBYTES = 16
 """A multiple of the size of every element."""
 

@@ -110,6 +110,12 @@ def _check_destination(destination: Path, plan: Plan, force: bool) -> None:
         raise OutputError(f"{destination}: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{destination}: {parent} is not writable")
+
+
+def check_space(destination: Path, plan: Plan) -> None:
+    """Raise OutputError when the output would not fit on the disk."""
+    final = _resolved(destination)
+    parent = _existing_parent(final)
     free = shutil.disk_usage(parent).free + sum(
         f.stat().st_blocks * 512 for f in _staging(final).rglob("*") if f.is_file()
     )
@@ -144,6 +150,7 @@ def run(
     if stands is not None:
         return Result(destination, plan.nbytes, num_tensors, 0, plan.nbytes, time.monotonic() - began, stands)
     check_destination(destination, plan, force)
+    check_space(destination, plan)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with _staged(final) as staging:
