@@ -103,6 +103,10 @@ def _mixtral_experts(config: Mapping[str, Any], prefix: str) -> Named:
 
 
 def _qwen3_experts(config: Mapping[str, Any], prefix: str) -> Named:
+    layer = int(prefix.split(".")[2])
+    if layer in (config.get("mlp_only_layers") or ()) or (layer + 1) % (config.get("decoder_sparse_step") or 1):
+        yield from _mlp(config, prefix)
+        return
     hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
     experts = config["num_experts"] if "num_experts" in config else config["num_local_experts"]  # transformers 4 and 5
     yield f"{prefix}mlp.gate.weight", (experts, hidden)
@@ -111,7 +115,6 @@ def _qwen3_experts(config: Mapping[str, Any], prefix: str) -> Named:
     for expert in range(experts):
         for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
             yield f"{prefix}mlp.experts.{expert}.{name}_proj.weight", shape
-    yield from _mlp(config, prefix)  # layers that `mlp_only_layers` names are dense
 
 
 _MODEL_TYPES: Mapping[str, tuple[Callable[[Mapping[str, Any], str], Named], ...]] = {
