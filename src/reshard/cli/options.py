@@ -20,8 +20,12 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exclude", metavar="GLOB", action="append", default=[], help="not FQNs that match")
     group.add_argument("--keep-names", action="store_true", help="every FQN as stored; no hub names, no ties")
     what = group.add_mutually_exclusive_group()
-    what.add_argument("--model", dest="what", action="store_const", const="model", default="model")
-    what.add_argument("--optimizer", dest="what", action="store_const", const="optimizer")
+    what.add_argument(
+        "--model", dest="what", action="store_const", const="model", default="model", help="the model alone (default)"
+    )
+    what.add_argument(
+        "--optimizer", dest="what", action="store_const", const="optimizer", help="the optimizer's state alone"
+    )
     what.add_argument("--all", dest="what", action="store_const", const="all", help="model, optimizer and the rest")
     group.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step, of a run")
     group.add_argument("--state-dict-dirname", metavar="NAME", help="the directory of the shards in a checkpoint")
@@ -41,7 +45,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="compare replicas that ranks hold, and read the output again afterwards"
     )
     group.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    group.add_argument("--threads", type=int, metavar="N")
+    group.add_argument("--threads", type=int, metavar="N", help="that move data (default: one a core, 4 at most)")
     group.add_argument("--memory", metavar="SIZE", help="bound of the buffers, as in 64MB")
     group.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     group.add_argument("--quiet", "-q", action="store_true", help="no talk, no progress")
