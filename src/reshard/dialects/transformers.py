@@ -18,68 +18,14 @@ default configs. Vision towers of the CLIP and SigLIP kinds lie in `vision_tower
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from reshard.core.checkpoint import Checkpoint
-from reshard.core.tensor import Tensor, concat, stack
-from reshard.errors import Incomplete, Mismatch, listed
-
-Config = Mapping[str, Any]
-
-_PLACEHOLDERS = {
-    "path": r"(?:[A-Za-z_]\w*\.)*",
-    "layer": r"\d+",
-    "expert": r"\d+",
-    "rest": r".+",
-    "part": r"embeddings|encoder|pre_layrnorm|post_layernorm|head",
-}
-
-
-@cache
-def _pattern(template: str) -> re.Pattern[str]:
-    parts = re.split(r"\{(\w+)\}", template)
-    return re.compile("".join(f"(?P<{p}>{_PLACEHOLDERS[p]})" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
-
-
-@dataclass(frozen=True, slots=True)
-class Rename:
-    """One tensor, two names."""
-
-    module: str
-    hub: str
-    before: bool = False
-    """Of an older release: taken to the hub's name, never made from it."""
-
-    def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
-        """The hub's tensors that a module's tensor holds, by name."""
-        return {self.hub.format(**at): tensor}
-
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """The experts of a layer: one tensor (E, n * rows, columns) for n matrices (rows, columns) an expert."""
-
-    module: str
-    hub: tuple[str, ...]
-    """With `{expert}`; in the order in which the matrices lie below each other."""
-
-    def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
-        """The matrices of all experts, by name."""
-        if len(tensor.shape) != 3 or not tensor.shape[0] or tensor.shape[1] % len(self.hub):
-            raise Mismatch(f"{self.module.format(**at)}: shape {list(tensor.shape)} is not that of fused experts")
-        rows = tensor.shape[1] // len(self.hub)
-        return {
-            name.format(**at, expert=e): tensor[e, n * rows : (n + 1) * rows]
-            for n, name in enumerate(self.hub)
-            for e in range(tensor.shape[0])
-        }
-
-
-Row = Rename | Experts
-_R = TypeVar("_R", Rename, Row)
+from reshard.core.tensor import Tensor
+from reshard.dialects.row import Config, Experts, Rename, Row, joined, matching, natural, pattern
+from reshard.errors import Mismatch, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,10 +270,10 @@ def to_modules(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
     inside = {}
     for fqn, tensor in checkpoint.tensors.items():
         renames = (r for r in outer if not r.before)
-        found = next(((r, m) for r in renames if (m := _pattern(r.hub).fullmatch(fqn))), None)
+        found = next(((r, m) for r in renames if (m := pattern(r.hub).fullmatch(fqn))), None)
         name = found[0].module.format(**found[1].groupdict()) if found else fqn
         inside[name] = tensor
-    tensors = _joined(inside, inner)
+    tensors = joined(inside, inner)
     if _model_type(config) in TRANSPOSED:
         tensors, _ = _transposed(tensors, to_hub=False)
     return replace(checkpoint, tensors=tensors, paths={})
@@ -375,64 +321,13 @@ def _renamed(
 
 def _split(fqn: str, tensor: Tensor, inner: Iterable[Row], outer: Iterable[Rename]) -> dict[str, Tensor]:
     parts = {fqn: tensor}
-    for row, at in _matching(fqn, inner):
+    for row, at in matching(fqn, inner):
         parts = row.split(tensor, at)
     return {_outer_name(name, outer): part for name, part in parts.items()}
 
 
 def _outer_name(fqn: str, outer: Iterable[Rename]) -> str:
-    return next((row.hub.format(**at) for row, at in _matching(fqn, outer)), fqn)
-
-
-def _matching(fqn: str, rows: Iterable[_R]) -> Iterator[tuple[_R, dict[str, str]]]:
-    for row in rows:
-        match = _pattern(row.module).fullmatch(fqn)
-        if match:
-            yield row, match.groupdict()
-            return
-
-
-def natural(fqn: str) -> list[tuple[int, int, str, int]]:
-    """A sort key, numbers by value: the order in which transformers writes weights that it converts."""
-    return [_segment(part) for part in fqn.split(".")]
-
-
-def _segment(part: str) -> tuple[int, int, str, int]:
-    if part.isdecimal():
-        return 0, int(part), "", -1
-    text = part.rstrip("0123456789")
-    return 1, 0, text, int(part[len(text) :] or -1)
-
-
-def _joined(tensors: Mapping[str, Tensor], inner: Iterable[Row]) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    fused: dict[str, tuple[Experts, dict[tuple[int, int], Tensor]]] = {}
-    for fqn, tensor in tensors.items():
-        row, slot, at = _hub_row(fqn, inner)
-        if isinstance(row, Rename):
-            result[row.module.format(**at)] = tensor
-        elif isinstance(row, Experts):
-            expert = int(at.pop("expert"))
-            fused.setdefault(row.module.format(**at), (row, {}))[1][expert, slot] = tensor
-        else:
-            result[fqn] = tensor
-    for name, (row, parts) in fused.items():
-        num_experts = 1 + max(expert for expert, _ in parts)
-        wanted = [(e, slot) for e in range(num_experts) for slot in range(len(row.hub))]
-        if len(parts) != len(wanted):
-            raise Incomplete(f"{name}: {len(wanted) - len(parts)} of {len(wanted)} matrices of its experts are missing")
-        slots = range(len(row.hub))
-        result[name] = stack([concat([parts[e, slot] for slot in slots], 0) for e in range(num_experts)])
-    return result
-
-
-def _hub_row(fqn: str, inner: Iterable[Row]) -> tuple[Row | None, int, dict[str, str]]:
-    for row in inner:
-        for slot, name in enumerate(row.hub if isinstance(row, Experts) else (row.hub,)):
-            match = _pattern(name).fullmatch(fqn)
-            if match:
-                return row, slot, match.groupdict()
-    return None, 0, {}
+    return next((row.hub.format(**at) for row, at in matching(fqn, outer)), fqn)
 
 
 _FUSED = re.compile(r"(?P<path>(?:.+\.)?experts)\.(?:gate_up_proj|up_proj|down_proj)")
@@ -495,7 +390,7 @@ def _left(
     if not outer and model_type not in SAME_ON_HUB and any(fqn.startswith("model.language_model.") for fqn in tensors):
         notices.append(f"names under model.language_model. are kept, as there is no table for {kind}")
     if any(row.module.startswith("model.") for row in outer):
-        hub = [_pattern(row.hub) for row in outer]
+        hub = [pattern(row.hub) for row in outer]
         strange = [fqn for fqn in tensors if not any(p.fullmatch(fqn) for p in hub) and fqn != "lm_head.weight"]
         if strange:
             notices.append(

@@ -144,12 +144,11 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
     roles = {"model": (MODEL,), "optimizer": (OPTIMIZER, MODEL), "all": (MODEL, OPTIMIZER, EMA, EXTRA)}[options.what]
     found = find(source, step=options.step, state_dict_dirname=options.state_dict_dirname)
     opened = open_found(found, roles, verify=options.verify)
-    config, assets, notices = _companions(found, opened, options)
-    opened = replace(opened, config=config, assets=assets)
+    opened = _accompanied(opened, found, options)
     checkpoint = _chosen(opened, options)
     kind = kind_of(output)
     if options.what == "model":
-        checkpoint = _shaped(checkpoint)
+        checkpoint = _shaped(checkpoint, options.keep_names)
         if not options.keep_names and kind != "torch_save":
             checkpoint = _as_huggingface(checkpoint, whole=not (options.include or options.exclude))
     else:
@@ -159,9 +158,9 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
         checkpoint = replace(checkpoint, tensors={n: cast(t, to) for n, t in checkpoint.tensors.items()})
     if not checkpoint.tensors:
         raise NotFound(f"{found.root}: no tensor is left to write", hint="see `reshard inspect` for the names")
-    if kind == "huggingface" and options.what == "model" and config is None:
-        notices += ("there is no config.json beside the checkpoint, so the output has none: --base brings it",)
-    checkpoint = replace(checkpoint, notices=checkpoint.notices + notices)
+    if kind == "huggingface" and options.what == "model" and opened.config is None:
+        said = "there is no config.json beside the checkpoint, so the output has none: --base brings it"
+        checkpoint = replace(checkpoint, notices=(*checkpoint.notices, said))
     return planned(found, opened, checkpoint, output, options)
 
 
@@ -218,26 +217,25 @@ def kind_of(output: Path) -> Kind:
 # ------------------------------------------------------------------------------------------------- before the plan
 
 
-def _companions(
-    found: Found, opened: Checkpoint, options: Options
-) -> tuple[Mapping[str, Any] | None, dict[str, Tensor], tuple[str, ...]]:
-    """Config and files to carry: beside the checkpoint first, then from --base."""
+def _accompanied(opened: Checkpoint, found: Found, options: Options) -> Checkpoint:
+    """With config and files to carry: from beside the checkpoint first, what is lacking then from --base."""
     from reshard.formats import huggingface
     from reshard.storage import hub
 
     config, assets = opened.config, dict(opened.assets)
-    places = list(found.companions)
-    if options.base is not None:
-        places.append(hub.resolve(options.base))
-    for place in places:
+    for place in found.companions:
         other, files = huggingface.companions(place)
-        config = other if config is None else config
-        assets = files | assets
-    if options.base is not None and config is None and "adapter_config.json" not in assets:
-        raise NotFound(f"{options.base} has no config.json")
+        config, assets = config if config is not None else other, files | assets
+    if options.base is not None:
+        other, files = huggingface.companions(hub.resolve(options.base))
+        if any(map(_TOKENIZER.fullmatch, assets)):  # a tokenizer is all of its files, from one place
+            files = {name: file for name, file in files.items() if not _TOKENIZER.fullmatch(name)}
+        config, assets = config if config is not None else other, files | assets
+        if config is None and "adapter_config.json" not in assets:
+            raise NotFound(f"{options.base} has no config.json")
     if not options.save_tokenizer:
         assets = {name: tensor for name, tensor in assets.items() if not _TOKENIZER.fullmatch(name)}
-    return config, assets, ()
+    return replace(opened, config=config, assets=assets)
 
 
 def _chosen(opened: Checkpoint, options: Options) -> Checkpoint:
@@ -267,7 +265,7 @@ def _filtered(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     return checkpoint.select(chosen) if len(chosen) < len(checkpoint) else checkpoint
 
 
-def _shaped(checkpoint: Checkpoint) -> Checkpoint:
+def _shaped(checkpoint: Checkpoint, keep_names: bool) -> Checkpoint:
     """FSDP1's LOCAL_STATE_DICT holds flattened parameters: give them the shapes that the config implies."""
     if checkpoint.origin.format != "rank_files":
         return checkpoint
@@ -276,6 +274,8 @@ def _shaped(checkpoint: Checkpoint) -> Checkpoint:
 
     flat = rank_files.flat(checkpoint)
     if not flat:
+        return checkpoint
+    if checkpoint.config is None and keep_names:
         return checkpoint
     if checkpoint.config is None:
         raise NotFound(
@@ -301,12 +301,13 @@ def _check_optimizer(checkpoint: Checkpoint) -> None:
 
 def _as_huggingface(checkpoint: Checkpoint, whole: bool) -> Checkpoint:
     """Hub names, ties written once, and the config as training left it."""
-    from reshard.dialects import transformers
+    from reshard.dialects import torchtitan, transformers
     from reshard.ops.config import check_complete
     from reshard.ops.tie import tie
 
     config = checkpoint.config
-    checkpoint = names.without_attribute(names.without_ddp(checkpoint), config)
+    checkpoint = torchtitan.to_hub(names.without_attribute(names.without_ddp(checkpoint), config), config)
+    config = checkpoint.config
     if config is None:
         return checkpoint
     checkpoint = tie(transformers.to_hub(checkpoint, config), config)
