@@ -376,3 +376,22 @@ def test_a_step_that_is_not_there_is_told_from_those_that_are(lmms: Path, capsys
     err = capsys.readouterr().err
     assert "has no checkpoint of step 5" in err
     assert "hint: it has the steps 4, 12" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "merge run out --base base",
+        "merge run --base base out",
+        "merge --base base run out",
+        "merge run --output out -q",
+    ],
+)
+def test_options_may_stand_anywhere(words: str, here: Path) -> None:
+    assert main(words.split()) == 0
+    assert (here / "out/model.safetensors").is_file()
+
+
+def test_sources_of_an_average_may_stand_anywhere(here: Path) -> None:
+    assert main(["average", "run", "--output", "out.safetensors", "run/checkpoint-10", "-q"]) == 0
+    assert (here / "out.safetensors").is_file()

@@ -70,7 +70,7 @@ def _dispatch(words: list[str]) -> int:
         prog=f"reshard {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.configure(parser)
-    code: int = module.run(parser.parse_args(words[1:]))
+    code: int = module.run(parser.parse_intermixed_args(words[1:]))
     return code
 
 
