@@ -128,10 +128,28 @@ def write_lightning(directory: Path, tensors: Tensors, root: str = "state_dict",
     return directory
 
 
-def write_titan(directory: Path, tensors: Tensors) -> Path:
-    """`step-N/` of torchtitan: the model at the top level, beside the rest."""
-    everything = {**tensors, **{f"optimizer.state.{fqn}.exp_avg": torch.zeros_like(t) for fqn, t in tensors.items()}}
-    write_dcp(directory, everything, objects={"train_state": b"step"})
+_TITAN = {
+    "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "lm_head", "model.layers": "layers",
+    "self_attn.q_proj": "attention.qkv_linear.wq", "self_attn.k_proj": "attention.qkv_linear.wk",
+    "self_attn.v_proj": "attention.qkv_linear.wv", "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def write_titan(directory: Path, tensors: Tensors, *, num_heads: int = 2, num_kv_heads: int = 1) -> Path:
+    """`step-N/` of torchtitan: a llama under its own names at the top level, beside the rest."""
+    held = {}
+    for fqn, tensor in tensors.items():
+        name = fqn
+        for theirs, ours in _TITAN.items():
+            name = name.replace(theirs + ".", ours + ".")
+        for kind, count in ((".wq.", num_heads), (".wk.", num_kv_heads)):
+            if kind in name:  # neighbouring rows are a pair, not the halves of a head
+                tensor = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        held[name] = tensor.contiguous()
+    moments = {f"optimizer.state.{fqn}.exp_avg": torch.zeros_like(t) for fqn, t in held.items()}
+    write_dcp(directory, {**held, **moments}, objects={"train_state": b"step"})
     _nest(directory, lambda fqn: tuple(fqn.split(".", 1)) if fqn.startswith("optimizer.") else (fqn,))
     return directory
 
