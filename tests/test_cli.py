@@ -395,3 +395,41 @@ def test_options_may_stand_anywhere(words: str, here: Path) -> None:
 def test_sources_of_an_average_may_stand_anywhere(here: Path) -> None:
     assert main(["average", "run", "--output", "out.safetensors", "run/checkpoint-10", "-q"]) == 0
     assert (here / "out.safetensors").is_file()
+
+
+def tied_run(directory: Path, *, same_head: bool) -> Path:
+    """A tied model's run, its weights under both names as sharded checkpoints have them."""
+    tensors = workspace.state_of("qwen2", seed=1)
+    if not same_head:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    workspace.write_trainer(directory / "run/checkpoint-1", tensors, optimizer=False)
+    workspace.write_base(directory / "base", "qwen2")
+    return directory
+
+
+def test_shards_of_a_tied_model_are_removed_as_nothing_is_lost(tmp_path: Path) -> None:
+    here = tied_run(tmp_path, same_head=True)
+    words = ["merge", str(here / "run"), str(here / "out"), "--base", str(here / "base"), "-q"]
+    assert main([*words, "--remove-shards"]) == 0
+    assert "lm_head.weight" not in load_file(here / "out/model.safetensors")
+    assert not list(here.rglob("*.distcp"))
+    assert not list(here.rglob(".metadata"))
+
+
+def test_shards_that_hold_more_than_the_output_stay(tmp_path: Path, capsys: Capture) -> None:
+    here = tied_run(tmp_path, same_head=False)
+    words = ["merge", str(here / "run"), str(here / "out"), "--base", str(here / "base"), "-q"]
+    assert main([*words, "--remove-shards"]) == 1
+    assert "--remove-shards would lose what is not in the output: model.lm_head.weight\n" in capsys.readouterr().err
+    assert len(list(here.rglob("*.distcp"))) == 2
+    assert not (here / "out").exists()
+
+
+def test_the_base_of_an_adapter_needs_no_config_of_a_model(tmp_path: Path) -> None:
+    workspace.write_adapter(tmp_path / "lora/checkpoint-5")
+    shutil.move(tmp_path / "lora/adapter_config.json", tmp_path / "elsewhere.json")
+    (tmp_path / "base").mkdir()
+    shutil.move(tmp_path / "elsewhere.json", tmp_path / "base/adapter_config.json")
+    words = ["merge", str(tmp_path / "lora"), str(tmp_path / "out"), "--base", str(tmp_path / "base"), "-q"]
+    assert main(words) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", "adapter_model.safetensors", "reshard.json"]
