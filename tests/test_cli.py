@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -433,3 +434,8 @@ def test_the_base_of_an_adapter_needs_no_config_of_a_model(tmp_path: Path) -> No
     words = ["merge", str(tmp_path / "lora"), str(tmp_path / "out"), "--base", str(tmp_path / "base"), "-q"]
     assert main(words) == 0
     assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", "adapter_model.safetensors", "reshard.json"]
+
+
+def test_a_caller_of_main_keeps_its_garbage_collector(capsys: Capture) -> None:
+    assert main(["--version"]) == 0
+    assert gc.isenabled()

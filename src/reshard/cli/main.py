@@ -27,7 +27,8 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    gc.disable()  # a short life, millions of small objects, hardly a cycle: collecting costs more than all the rest
+    if argv is None:  # the process is ours and short: many small objects, hardly a cycle; collecting costs most
+        gc.disable()
     words = [_hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)]
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         words.insert(0, "inspect")
