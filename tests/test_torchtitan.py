@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import reshard
 import tiny_models
-import workspace
+from checkpoints import write_dcp
 from reshard.core.checkpoint import Checkpoint, Origin
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Literal, Tensor
@@ -188,6 +188,11 @@ def save(tensors: Tensors, directory: Path) -> Path:
     return directory
 
 
+def save_of_two_ranks(tensors: Tensors, directory: Path) -> Path:
+    """The last `step-N/` of a run, which may hold the model alone; each tensor in chunks of two ranks."""
+    return write_dcp(directory, tensors)
+
+
 def save_base(model: Any, directory: Path, **changes: Any) -> Path:
     """What `--base` names: the config alone."""
     model.config.architectures = [type(model).__name__]
@@ -236,7 +241,7 @@ def test_older_releases_spell_the_same_otherwise(
     model_type: str, spelling: Callable[[Tensors], Tensors], tmp_path: Path
 ) -> None:
     model = make(model_type)
-    step = workspace.write_titan(tmp_path / "step-500", spelling(to_titan(model)))  # in chunks of two ranks
+    step = save_of_two_ranks(spelling(to_titan(model)), tmp_path / "step-500")
     merged = reshard.merge(step, tmp_path / "out", base=str(save_base(model, tmp_path / "base")))
     assert_loads(model, merged.output)
 
@@ -244,14 +249,14 @@ def test_older_releases_spell_the_same_otherwise(
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt_oss", "llama4_text"])
 def test_fused_queries_keys_and_values_are_taken_apart(model_type: str, tmp_path: Path) -> None:
     model = make(model_type)
-    step = workspace.write_titan(tmp_path / "step-500", as_fused(to_titan(model)))
+    step = save_of_two_ranks(as_fused(to_titan(model)), tmp_path / "step-500")
     merged = reshard.merge(step, tmp_path / "out", base=str(save_base(model, tmp_path / "base")))
     assert_loads(model, merged.output)
 
 
 def test_small_blocks_give_the_same_bytes(tmp_path: Path) -> None:
     model = make("llama")
-    step = workspace.write_titan(tmp_path / "step-500", to_titan(model))
+    step = save_of_two_ranks(to_titan(model), tmp_path / "step-500")
     base = str(save_base(model, tmp_path / "base"))
     merged = reshard.merge(step, tmp_path / "out", base=base, block_nbytes=200)
     assert_loads(model, merged.output)
