@@ -104,56 +104,50 @@ class _Descriptor:
 
 
 class Ledger:
-    """Checksums of the pieces that were read of each extent, until they add up to the whole.
+    """Checksums of what was read of each extent, until they add up to the whole.
 
-    Pieces may come in any order and from any thread. CRC-32s of neighbours combine, so no byte is read twice.
+    Reads that continue one another make a run, whose CRC-32 goes on; runs may come in any order and from any thread,
+    and are joined at last. So no byte is read twice, unless nobody asked for it or several did.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pieces: dict[Extent, dict[int, tuple[int, int]]] = {}
+        self._runs: dict[Extent, dict[int, tuple[int, int]]] = {}
+        """By extent and end: (start, CRC-32)."""
         self._names: dict[Extent, str] = {}
         self.num_checked = 0
         """Extents whose checksum was confirmed."""
 
     def add(self, extent: Extent, offset: int, data: Any, nbytes: int, name: str) -> None:
-        """Note what was read. Raises Corrupt when the extent is whole and its checksum is not the stated one."""
-        crc = zlib.crc32(data)
+        """Note what was read. Raises Corrupt when a run is all of the extent and its checksum is not the stated one."""
         if nbytes == extent.nbytes:
-            self._compare(extent, crc, name)
+            self._compare(extent, zlib.crc32(data), name)
             return
         with self._lock:
-            pieces = self._pieces.setdefault(extent, {})
+            runs = self._runs.setdefault(extent, {})
             self._names[extent] = name
-            pieces[offset] = max(pieces.get(offset, (0, 0)), (nbytes, crc))
-            whole = sum(n for n, _ in pieces.values()) == extent.nbytes and self._combined(extent)
-        if whole:
-            self._compare(extent, whole[1], name)
-            with self._lock:
-                self._pieces[extent] = {0: (extent.nbytes, whole[1])}
+            start, crc = runs.pop(offset, (offset, 0))
+        crc, stop = zlib.crc32(data, crc), offset + nbytes
+        with self._lock:
+            if runs.get(stop, (stop, 0))[0] > start:
+                runs[stop] = (start, crc)
+        if start == 0 and stop == extent.nbytes:
+            self._compare(extent, crc, name)
 
     def settle(self, files: Files) -> None:
         """Confirm every extent of which anything was read, reading what no one asked for."""
-        with self._lock:
-            waiting = [e for e, pieces in self._pieces.items() if pieces.get(0, (0, 0))[0] != e.nbytes]
-        for extent in waiting:
+        for extent, runs in self._runs.items():
+            if runs.get(extent.nbytes, (1, 0))[0] == 0:
+                continue
             crc, at = 0, 0
-            for offset, nbytes, known in _in_order(self._pieces[extent]):
-                if offset < at:  # overlapping pieces: their checksums do not combine
+            for start, stop, known in sorted((start, stop, crc) for stop, (start, crc) in runs.items()):
+                if start < at:  # overlapping runs: their checksums do not join
                     crc, at = 0, 0
                     break
-                crc = _crc_of(files, extent, at, offset, crc)
-                crc, at = combine(crc, known, nbytes), offset + nbytes
+                crc = _crc_of(files, extent, at, start, crc)
+                crc, at = combine(crc, known, stop - start), stop
             self._compare(extent, _crc_of(files, extent, at, extent.nbytes, crc), self._names[extent])
-        self._pieces.clear()
-
-    def _combined(self, extent: Extent) -> tuple[int, int] | None:
-        crc, at = 0, 0
-        for offset, nbytes, known in _in_order(self._pieces[extent]):
-            if offset != at:
-                return None
-            crc, at = combine(crc, known, nbytes), at + nbytes
-        return (at, crc) if at == extent.nbytes else None
+        self._runs.clear()
 
     def _compare(self, extent: Extent, crc: int, name: str) -> None:
         if crc != extent.crc32:
@@ -163,10 +157,6 @@ class Ledger:
                 hint="the shard was damaged after it was written: copy it again from where it was saved",
             )
         self.num_checked += 1
-
-
-def _in_order(pieces: dict[int, tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    return ((offset, nbytes, crc) for offset, (nbytes, crc) in sorted(pieces.items()))
 
 
 def _crc_of(files: Files, extent: Extent, start: int, stop: int, crc: int) -> int:
