@@ -6,10 +6,12 @@ what is computed is said by the type (`Cast`, `Mean`), and each rounds once, to 
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import frexp
+from fractions import Fraction
+from math import copysign, frexp, nextafter
 from typing import Any, Literal
 
 import numpy as np
@@ -218,7 +220,7 @@ def _mean_float32(pieces: Sequence[Array], weights: Sequence[float], _to: DType)
 
 
 def _mean_float64(pieces: Sequence[Array], weights: Sequence[float], to: DType) -> Array:
-    """In float64, and where that lies close to a tie of the output dtype, decided by the exact remainder."""
+    """In float64; where that may have lost what decides the rounding to `to`, exactly."""
     equal = len(set(weights)) == 1
     divisor = float(len(weights) if equal else sum(weights))
     factors = [1.0 if equal else w for w in weights]
@@ -230,31 +232,79 @@ def _mean_float64(pieces: Sequence[Array], weights: Sequence[float], to: DType) 
         total *= 1 / divisor  # exact
     else:
         total /= divisor
-    suspects = _near_ties(total, to)
-    if len(suspects):
-        chosen = [p[suspects] for p in pieces]
-        if not (equal and _is_exact(chosen)):
-            total[suspects] = _mean_exact(chosen, factors, divisor)
+    if not _is_exact(pieces, factors):
+        doubtful = _doubtful(total, pieces, factors, divisor, to)
+        if len(doubtful):
+            total[doubtful] = _mean_exact([p[doubtful] for p in pieces], factors, divisor)
     return total
 
 
+def _is_exact(pieces: Sequence[Array], factors: Sequence[float]) -> bool:
+    """Whether float64 sums of these numbers lose nothing: their exponents lie close enough together.
+
+    A sum of n terms of p bits, d binary orders apart, needs p + d + log2(n) of float64's 53 bits. Where two more are
+    left, a quotient by n that is no tie lies further from one than half a unit, so rounding cannot make it one.
+    """
+    if not _may_be_exact(pieces, factors):
+        return False
+    bits, mantissa = _LAYOUTS[pieces[0].dtype]
+    magnitudes = [p.view(bits) & bits(_MAGNITUDE[bits]) for p in pieces]
+    largest = max(int(m.max()) for m in magnitudes)
+    smallest = min(int((m - bits(1)).min()) for m in magnitudes) + 1  # zeros wrap to the largest
+    return (largest >> mantissa) - (smallest >> mantissa) <= _spread(mantissa, factors)
+
+
+def _exact_ones(pieces: Sequence[Array], factors: Sequence[float]) -> Array:
+    """The same for each element on its own."""
+    if not _may_be_exact(pieces, factors):
+        return np.zeros(len(pieces[0]), np.bool_)
+    bits, mantissa = _LAYOUTS[pieces[0].dtype]
+    magnitudes = np.stack([p.view(bits) & bits(_MAGNITUDE[bits]) for p in pieces]).astype(np.int64)
+    smallest = np.where(magnitudes == 0, 1 << 62, magnitudes).min(axis=0)
+    return np.asarray((magnitudes.max(axis=0) >> mantissa) - (smallest >> mantissa) <= _spread(mantissa, factors))
+
+
+def _may_be_exact(pieces: Sequence[Array], factors: Sequence[float]) -> bool:
+    kinds = {p.dtype for p in pieces}
+    return len(pieces) <= 16 and len(kinds) == 1 and kinds <= set(_LAYOUTS) and all(w in range(1, 17) for w in factors)
+
+
+def _spread(mantissa: int, factors: Sequence[float]) -> int:
+    """How many binary orders the terms of an exact sum may be apart."""
+    return 51 - (mantissa + 1) - 4 - (0 if set(factors) == {1.0} else 4)
+
+
+_LAYOUTS: dict[np.dtype[Any], tuple[Any, int]] = {
+    dtype("BF16").number: (np.uint16, 7),
+    dtype("F32").number: (np.uint32, 23),
+}
+"""How the numbers of a type lie: unsigned integers of the same size, and the bits of the mantissa among them."""
+_MAGNITUDE = {np.uint16: 0x7FFF, np.uint32: 0x7FFF_FFFF}
+
+
+def _doubtful(total: Array, pieces: Sequence[Array], factors: Sequence[float], divisor: float, to: DType) -> Array:
+    """Where the float64 mean may round to another `to` than the exact one: next to a tie, or after cancellation."""
+    magnitude = np.zeros(len(total), np.float64)
+    for piece, factor in zip(pieces, factors, strict=True):
+        magnitude += np.abs(piece.astype(np.float64)) * factor
+    cancelled = magnitude > _CANCELLATION * divisor * np.abs(total)
+    found: Array = np.flatnonzero(cancelled | _near_ties(total, to))
+    return found[~_exact_ones([p[found] for p in pieces], factors)]
+
+
+_CANCELLATION = 1 << 10
+"""Terms may be so many times as large as their sum before the error of the sum leaves the window of `_near_ties`."""
+
+
 def _near_ties(numbers: Array, to: DType) -> Array:
-    """Where float64 numbers lie so close to a tie of the dtype that their own rounding may have decided it."""
-    if to.name == "BF16":
-        return _bfloat16_ties(_as_float32(numbers))
-    if to.name == "F32":
-        low = _workspace.float32[: len(numbers)].view(np.uint32)
-        np.bitwise_and(numbers.view(np.uint32)[::2], np.uint32((1 << 29) - 1), out=low)
-        np.subtract(low, np.uint32((1 << 28) - 16), out=low)
-        return np.flatnonzero(low <= 32)
-    if to.name == "F16":
-        low64 = numbers.view(np.uint64) & np.uint64((1 << 42) - 1)
-        near = low64 - np.uint64((1 << 41) - 16) <= 32
-        return np.flatnonzero(near | (np.abs(numbers) < _SMALLEST_NORMAL_F16))  # ties of subnormals lie elsewhere
-    return np.zeros(0, np.intp)
-
-
-_SMALLEST_NORMAL_F16 = 2.0**-14
+    """Whether float64 numbers lie within 2**14 units of a tie of the dtype, each."""
+    dropped = {"F32": 29, "BF16": 45, "F16": 42}.get(to.name)
+    if dropped is None:
+        return np.ones(len(numbers), np.bool_) if to.name != "F64" else np.zeros(len(numbers), np.bool_)
+    window, half = np.uint64(1 << 14), np.uint64(1 << (dropped - 1))
+    low = (numbers.view(np.uint64) - half + window) & np.uint64((1 << dropped) - 1)
+    smallest_normal = 2.0**-14 if to.name == "F16" else 2.0**-126
+    return np.asarray((low <= 2 * window) | (np.abs(numbers) < smallest_normal))  # subnormals have ties elsewhere
 
 
 def _as_float32(numbers: Array) -> Array:
@@ -264,50 +314,46 @@ def _as_float32(numbers: Array) -> Array:
     return nearest
 
 
-def _is_exact(pieces: Sequence[Array]) -> bool:
-    """Whether float64 sums of these numbers lose nothing: their exponents lie close enough together.
-
-    A sum of n terms of p bits, d binary orders apart, needs p + d + log2(n) of float64's 53 bits. Where two more are
-    left, a quotient by n that is no tie lies further from one than half a unit, so rounding cannot make it one.
-    """
-    if len(pieces) > 16 or len({p.dtype for p in pieces}) > 1 or pieces[0].dtype not in _LAYOUTS:
-        return False
-    bits, mantissa = _LAYOUTS[pieces[0].dtype]
-    magnitudes = [p.view(bits) & bits(~(1 << (8 * p.itemsize - 1)) & ((1 << (8 * p.itemsize)) - 1)) for p in pieces]
-    largest = max(int(m.max()) for m in magnitudes)
-    smallest = min(int((m - bits(1)).min()) for m in magnitudes) + 1  # zeros wrap to the largest
-    return (mantissa + 1) + (largest >> mantissa) - (smallest >> mantissa) + 4 <= 51
-
-
-_LAYOUTS: dict[np.dtype[Any], tuple[Any, int]] = {
-    dtype("BF16").number: (np.uint16, 7),
-    dtype("F32").number: (np.uint32, 23),
-}
-"""How the numbers of a type lie: unsigned integers of the same size, and the bits of the mantissa among them."""
-
-
 def _mean_exact(pieces: Sequence[Array], factors: Sequence[float], divisor: float) -> Array:
-    """The mean in twice the precision of float64, given as float64 rounded to odd."""
+    """The mean in twice float64's precision, and exactly where even that cannot tell; as float64 rounded to odd."""
     high: Array = np.zeros(len(pieces[0]), np.float64)
-    low = np.zeros_like(high)
+    low, magnitude = np.zeros_like(high), np.zeros_like(high)
     for piece, factor in zip(pieces, factors, strict=True):
         product, error = _two_product(piece.astype(np.float64), factor)
         total = high + product
         back = total - high
         low += (high - (total - back)) + (product - back) + error
         high = total
+        magnitude += np.abs(product)
     first = (high + low) / divisor
     product, error = _two_product(first, divisor)
     correction = (((high - product) - error) + low) / divisor
     quotient: Array = first + correction
     rest = correction - (quotient - first)
-    noise = np.abs(quotient) * 2.0**-100  # what the sum of the errors may itself have lost
-    inexact = (np.abs(rest) > noise) & np.isfinite(quotient)
     bits = quotient.view(np.uint64)
+    inexact = (rest != 0) & np.isfinite(quotient)
     toward_zero = inexact & ((rest < 0) == (quotient > 0)) & (quotient != 0)
     bits -= toward_zero.astype(np.uint64)
     bits |= inexact.astype(np.uint64)
+    unsure = np.isfinite(quotient) & (np.abs(rest) <= (magnitude / divisor) * 2.0**-98)
+    for index in np.flatnonzero(unsure):
+        exact = sum(
+            (Fraction(float(p[index])) * Fraction(w) for p, w in zip(pieces, factors, strict=True)), Fraction(0)
+        )
+        quotient[index] = _rounded_to_odd(exact / Fraction(divisor))
     return quotient
+
+
+def _rounded_to_odd(number: Fraction) -> float:
+    nearest = float(number)
+    if Fraction(nearest) == number:
+        return nearest
+    magnitude = abs(nearest)
+    if Fraction(magnitude) > abs(number):
+        magnitude = nextafter(magnitude, 0.0)
+    (bits,) = struct.unpack("<Q", struct.pack("<d", magnitude))
+    odd: float = struct.unpack("<d", struct.pack("<Q", bits | 1))[0]
+    return copysign(odd, -1.0 if number < 0 else 1.0)
 
 
 def _two_product(a: Array, b: float) -> tuple[Array, Array]:
