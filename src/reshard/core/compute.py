@@ -21,7 +21,7 @@ from reshard.core.dtypes import DType, dtype
 from reshard.core.tensor import Array, Source, Tensor
 from reshard.errors import Mismatch, Unsupported
 
-PIECE = 1 << 16
+PIECE = 1 << 15
 """Elements computed at once: the working set of a cast or mean fits the level-2 cache."""
 
 
