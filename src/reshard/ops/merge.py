@@ -161,6 +161,9 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
     if kind == "huggingface" and options.what == "model" and opened.config is None:
         said = "there is no config.json beside the checkpoint, so the output has none: --base brings it"
         checkpoint = replace(checkpoint, notices=(*checkpoint.notices, said))
+    if kind == "huggingface" and options.what != "model":
+        said = "a directory of more than a model: loaders will not know the other names; .pt holds them nested"
+        checkpoint = replace(checkpoint, notices=(*checkpoint.notices, said))
     return planned(found, opened, checkpoint, output, options)
 
 
