@@ -17,12 +17,13 @@ from pathlib import Path
 import xxhash
 
 BLOCK_NBYTES = 512 << 10
+WINDOW_NBYTES = 4 << 20
 RUN_NBYTES = 32 << 20
 NUM_THREADS = 2
 
 
 def floor(source: Path, output: Path) -> None:
-    """Copy the files of a directory in blocks: pread, CRC-32, xxh3-128, pwrite, and start writing them out early."""
+    """Copy the files of a directory in blocks: pread, CRC-32, xxh3-128, pwrite, and an early start of the disk."""
     runs, lock = _runs(source, output), threading.Lock()
 
     def work() -> None:
@@ -47,7 +48,8 @@ def _runs(source: Path, output: Path) -> Iterator[tuple[int, int, int, int]]:
         reading = os.open(path, os.O_RDONLY)
         writing = os.open(output / path.name, os.O_WRONLY | os.O_CREAT)
         nbytes = os.fstat(reading).st_size
-        os.ftruncate(writing, nbytes)
+        if nbytes:
+            os.posix_fallocate(writing, 0, nbytes)
         for start in range(0, nbytes, RUN_NBYTES):
             yield reading, writing, start, min(nbytes, start + RUN_NBYTES)
 
@@ -59,8 +61,11 @@ def _copy(reading: int, writing: int, start: int, stop: int, buffer: memoryview)
         crc = zlib.crc32(block, crc)
         digest.update(block)
         os.pwrite(writing, block, offset)
-        if (offset + BLOCK_NBYTES) % (4 << 20) == 0:
-            os.posix_fadvise(writing, offset + BLOCK_NBYTES - (4 << 20), 4 << 20, os.POSIX_FADV_DONTNEED)
+        if (offset + BLOCK_NBYTES) % WINDOW_NBYTES == 0:
+            window = offset + BLOCK_NBYTES - WINDOW_NBYTES
+            os.posix_fadvise(writing, window, WINDOW_NBYTES, os.POSIX_FADV_DONTNEED)  # starts its writing
+            if window >= start + 2 * WINDOW_NBYTES:  # written by now: its pages serve again
+                os.posix_fadvise(writing, window - 2 * WINDOW_NBYTES, WINDOW_NBYTES, os.POSIX_FADV_DONTNEED)
 
 
 def torch(source: Path, output: Path) -> None:

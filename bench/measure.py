@@ -23,7 +23,7 @@ from statistics import median
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUIET_CORES = 0.2
-QUIET_WAIT_S = 30.0
+QUIET_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
