@@ -34,10 +34,12 @@ def write_dcp(
     objects: Mapping[str, Any] | None = None,
     replicated: Sequence[str] = (),
     prefix: tuple[str, ...] = (),
+    paths: Mapping[str, tuple[str, ...]] | None = None,
     **writer_options: Any,
 ) -> Path:
     """A DCP of `ranks` ranks, each tensor cut along `dim` as `torch.chunk` does; those named in `replicated`, and
-    those of too few dimensions, whole on rank 0. `prefix` is the path of keys above the tensors."""
+    those of too few dimensions, whole on rank 0. `prefix` is the path of keys above the tensors, `paths` gives single
+    ones in full."""
     path.mkdir(parents=True, exist_ok=True)
     writer = FileSystemWriter(path, **writer_options)
     writer.set_up_storage_writer(True)
@@ -67,7 +69,9 @@ def write_dcp(
     for name, value in (objects or {}).items():
         items[0].append(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO))
         data[0, name] = value
+    given = dict(paths or {})
     paths = {".".join((*prefix, fqn)): (*prefix, fqn) for fqn in tensors} | {name: (name,) for name in objects or {}}
+    paths |= given
     plans = [writer.prepare_local_plan(SavePlan(rank_items, planner_data=paths)) for rank_items in items]
     plans, metadata = create_default_global_save_plan(plans)
     metadata.planner_data = paths
