@@ -21,6 +21,7 @@ import shutil
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -40,9 +41,12 @@ from reshard.version import __version__
 BLOCK_NBYTES = 1 << 19
 """Larger blocks fall out of the level-2 cache between reading, checking and writing."""
 
-_FLUSH_NBYTES = 8 << 20
+_FLUSH_NBYTES = 4 << 20
 """After this many bytes the kernel is told to start writing them: else it waits for a tenth of the memory to be dirty,
 and the flush at the end does all the waiting."""
+
+_NUM_WINDOWS = 2
+"""Windows that a thread leaves to the kernel before it takes the pages of the first again."""
 
 _NAME_LIMIT_NBYTES = 255
 """Of one name in a directory, on the usual file systems."""
@@ -326,20 +330,32 @@ class _Shared:
 
 
 class _Flusher:
-    """Has the kernel write back what one thread wrote, a window at a time and without waiting."""
+    """Has the kernel write back what one thread wrote, a window at a time and without waiting.
+
+    By the time two more windows are full the first is on the disk, and its pages are given back: filling pages that
+    are used again is faster than filling the machine's memory with an output that may be larger.
+    """
 
     def __init__(self) -> None:
-        self._fd, self._start, self._stop, self._nbytes = -1, 0, 0, 0
+        self._fd, self._start, self._nbytes = -1, 0, 0
+        self._windows: deque[tuple[int, int, int]] = deque()
 
     def wrote(self, fd: int, offset: int, nbytes: int) -> None:
         if fd != self._fd:
             self._fd, self._start, self._nbytes = fd, offset, 0
-        self._stop = offset + nbytes
         self._nbytes += nbytes
         if self._nbytes >= _FLUSH_NBYTES and hasattr(os, "posix_fadvise"):
-            # dirty pages are queued for writing by this, clean ones dropped
-            os.posix_fadvise(fd, self._start, self._stop - self._start, os.POSIX_FADV_DONTNEED)
-            self._start, self._nbytes = self._stop, 0
+            stop = offset + nbytes
+            self._windows.append((fd, self._start, stop - self._start))
+            _let_go(*self._windows[-1])
+            if len(self._windows) > _NUM_WINDOWS:
+                _let_go(*self._windows.popleft())
+            self._start, self._nbytes = stop, 0
+
+
+def _let_go(fd: int, offset: int, nbytes: int) -> None:
+    """Dirty pages are queued for writing by this, clean ones dropped."""
+    os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _fill(
