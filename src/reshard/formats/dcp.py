@@ -190,6 +190,8 @@ def _index(path: Path, metadata: Any, index: _Index) -> None:
             raise Incomplete(f"{path}: {name} has no storage entry")
     for name, keys in (fields.get("planner_data") or {}).items():
         index.paths[name] = tuple(k if isinstance(k, int) else str(k) for k in keys)
+        if not keys:
+            raise Corrupt(f"{path}: {name!s:.300}: an empty path of keys")
 
 
 def _fields(record: Record) -> Mapping[str, Any]:
@@ -306,12 +308,12 @@ def _pieces(index: _Index) -> Iterable[_Piece]:
 
 def _check_chunks(path: Path, name: str, wanted: _Wanted) -> None:
     """The chunks tile the tensor, or could if those that claim to be empty are not."""
+    rank = len(wanted.shape)
+    if any(len(c.offsets) != rank or len(c.sizes) != rank for c in wanted.chunks):
+        raise Corrupt(f"{path}: {name}: chunks of another rank than the shape {list(wanted.shape)}")
     if _tiles_in_order(wanted):
         return
-    try:
-        boxes = sorted((Box.at(c.offsets, c.sizes) for c in wanted.chunks if not c.is_empty), key=lambda b: b.start)
-    except ValueError as error:
-        raise Corrupt(f"{path}: {name}: chunks of another rank than the shape {list(wanted.shape)}") from error
+    boxes = sorted((Box.at(c.offsets, c.sizes) for c in wanted.chunks if not c.is_empty), key=lambda b: b.start)
     problem = tiling_problem(wanted.shape, boxes)
     if problem is not None and not any(c.is_empty for c in wanted.chunks):
         raise type(problem)(f"{path}: {name}: {problem}", hint="the checkpoint is damaged or was saved incompletely")
