@@ -194,6 +194,7 @@ def test_a_bit_flipped_in_any_region_of_a_shard_is_seen(
             path.write_bytes(original)
 
 
+@pytest.mark.slow
 def test_a_bit_flipped_in_any_byte_of_an_entry_is_seen(damaged: Path) -> None:
     """Every byte of the first entry of its kind (parsed strictly) and of a later one (held against the first)."""
     for number in (0, 1):
@@ -409,3 +410,22 @@ def test_the_exit_code_of_a_process_is_1(damaged: Path) -> None:
     done = child("merge", damaged, damaged.parent / "out")
     assert (done.returncode, done.stdout) == (1, "")
     assert "__1_0.distcp" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ which is the model
+
+
+@pytest.mark.parametrize("name", ["state", "app", "weights", "module"])
+def test_an_object_that_holds_a_tensor_does_not_hide_the_model(tmp_path: Path, name: str) -> None:
+    """A nested leaf of the trainer's, beside weights at the top level, once was taken for the model."""
+    write_dcp(tmp_path / "shards", MODEL, objects={name: {"history": [torch.ones(3)]}})
+    reshard.merge(tmp_path / "shards", tmp_path / "out.safetensors")
+    assert equals(tmp_path / "out.safetensors", MODEL | {f"{name}.history.0": torch.ones(3)})
+
+
+def test_what_is_left_out_beside_the_model_is_named(tmp_path: Path) -> None:
+    tensors = {"model.w": torch.randn(4), "critic.w": torch.randn(4), "optim.w": torch.randn(4)}
+    paths = {name: tuple(name.split(".")) for name in tensors}
+    write_dcp(tmp_path / "shards", tensors, paths=paths)
+    merged = reshard.merge(tmp_path / "shards", tmp_path / "out.safetensors")
+    assert "left out: critic, optim" in merged.notices

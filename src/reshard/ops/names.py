@@ -22,6 +22,8 @@ from reshard.errors import Mismatch, NotFound, listed
 
 _CONTAINERS = ("model", "state_dict", "module", "model_state_dict", "model_states", "weights", "app", "state")
 """What holds the model where a state dict holds more than it, best first."""
+_SURELY = ("model", "state_dict", "model_state_dict", "model_states")
+"""Those that hold the model whatever else is there; the others may be a module of it, or the trainer's."""
 _NOT_THE_MODEL = re.compile(
     r"(optim|optimizers?|optimizer_states?)(_\d+)?|(lr_)?schedulers?(_\d+)?|dataloaders?(_\w+)?|train_state|trainer(_\w+)?"
     r"|extra_state|rng(_\w+)?|random_states?(_\d+)?|ema(_\w+)?|epoch|step|global_step|iteration|callbacks|loops|args"
@@ -57,7 +59,7 @@ def model_only(checkpoint: Checkpoint) -> Checkpoint:
     notices = []
     if containers:
         notices.append(f"the model is under {'.'.join(containers)!r}")
-    left = [root for root in _roots(checkpoint) if root not in containers and _NOT_THE_MODEL.fullmatch(root)]
+    left = dict.fromkeys(_beside(checkpoint.path(fqn), containers) for fqn in checkpoint if fqn not in paths)
     if left:
         notices.append(f"left out: {listed(left)}")
     return replace(renamed, notices=renamed.notices + tuple(notices))
@@ -185,8 +187,14 @@ def _pair(names: Mapping[str, str], name: str) -> tuple[str, str]:
 
 
 def _others_are_no_model(roots: Counter[str], named: str) -> bool:
-    """Whether `named` is the model's container: no module is called so, or the rest is known to be no model."""
-    return named != "module" or all(_NOT_THE_MODEL.fullmatch(root) for root in roots if root != named)
+    """Whether `named` is the model's container: nothing else is called so, or the rest is known to be no model."""
+    return named in _SURELY or all(_NOT_THE_MODEL.fullmatch(root) for root in roots if root != named)
+
+
+def _beside(path: KeyPath, containers: list[str]) -> str:
+    """The first keys of a path, as far as they lead away from the model."""
+    shared = next((i for i, key in enumerate(containers) if str(path[i]) != key), len(containers))
+    return ".".join(map(str, path[: shared + 1]))
 
 
 def _belongs_elsewhere(path: KeyPath) -> bool:
