@@ -17,7 +17,7 @@ import reshard
 from checkpoints import ROOT, child, equals, left_in, model, write_dcp
 from reshard.cli.main import main
 from reshard.errors import Corrupt, OutputError
-from reshard.storage import run
+from reshard.storage import staging
 
 MODEL = model(num_layers=6, width=64)
 
@@ -102,7 +102,7 @@ def test_without_an_exchange_of_directories_the_old_one_comes_back(
         def __init__(self, *_: object, **__: object) -> None:
             pass
 
-    monkeypatch.setattr(run.ctypes, "CDLL", NoExchange)
+    monkeypatch.setattr(staging.ctypes, "CDLL", NoExchange)
     real = os.rename
 
     def rename(a: Any, b: Any) -> None:
@@ -170,8 +170,8 @@ def test_a_short_write_is_written_on(source: Path, tmp_path: Path, monkeypatch: 
 def test_too_little_free_space_is_said_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = run.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.used, 1000))
+    usage = staging.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.used, 1000))
     with pytest.raises(OutputError, match="1000 free"):
         reshard.merge(source, tmp_path / "out")
     assert left_in(tmp_path) == []
@@ -229,5 +229,5 @@ def test_a_disk_that_is_really_full(source: Path, small_disk: Path) -> None:
 
 def test_errors_of_the_system_are_explained(tmp_path: Path) -> None:
     for number, kind in [(errno.EROFS, OutputError), (errno.EDQUOT, OutputError), (errno.EIO, Corrupt)]:
-        explained = run._explained(OSError(number, os.strerror(number), "some/file"), tmp_path / "out")
+        explained = staging.explained(OSError(number, os.strerror(number), "some/file"), tmp_path / "out")
         assert type(explained) is kind

@@ -21,7 +21,7 @@ def talk(args: argparse.Namespace, notices: tuple[str, ...]) -> None:
 
 def show_plan(args: argparse.Namespace, prepared: Prepared, destination: Path) -> int:
     """What would be done, in the conditional. Raises OutputError when the destination would be refused."""
-    from reshard.storage.run import check_destination, check_space
+    from reshard.storage.staging import check_destination, check_space
 
     check_destination(destination, prepared.plan, args.force)
     try:

@@ -23,7 +23,8 @@ from reshard.core.tensor import Tensor
 from reshard.errors import Corrupt, NotFound
 from reshard.storage.files import Files
 from reshard.storage.plan import Digest, Digests, FilePlan, Plan, Seal, Segment
-from reshard.storage.run import BLOCK_NBYTES, Progress, beside, in_threads
+from reshard.storage.run import BLOCK_NBYTES, Progress, in_threads
+from reshard.storage.staging import beside
 
 FILE_NAME = "reshard.json"
 _ZEROS = "0" * 32

@@ -1,6 +1,6 @@
 """The engine: carry a plan out so that the destination is absent, the old one, or complete.
 
-    staging   .NAME.reshard beside the destination holds the files, a lock and a journal
+    staging   .NAME.reshard beside the destination holds the files, a lock and a journal: see `staging.py`
     move      a few threads take one tensor after another: read a block, check it, digest it, write it
     seal      constant bytes, then what depends on digests, the manifest last
     commit    flush, rename, flush the parent
@@ -12,19 +12,14 @@ destination that is complete already is left as it is. What the journal says is 
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
 import os
-import re
 import shutil
 import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -33,9 +28,28 @@ import numpy as np
 import xxhash
 
 from reshard.core.tensor import Tensor
-from reshard.errors import Corrupt, InputError, Mismatch, NotFound, OutputError, ReshardError
+from reshard.errors import InputError, Mismatch, NotFound
 from reshard.storage.files import Files, Ledger, Reader
 from reshard.storage.plan import Digest, FilePlan, Plan, Seal, blocks
+from reshard.storage.staging import (
+    Journal,
+    JournalRead,
+    beside,
+    check_destination,
+    check_space,
+    clear,
+    commit,
+    create,
+    explained,
+    fsync_directory,
+    inode,
+    journal_lines,
+    payload_of,
+    resolved,
+    staged,
+    staged_name,
+    staging_of,
+)
 from reshard.version import __version__
 
 BLOCK_NBYTES = 1 << 19
@@ -48,8 +62,6 @@ and the flush at the end does all the waiting."""
 _NUM_WINDOWS = 2
 """Windows that a thread leaves to the kernel before it takes the pages of the first again."""
 
-_NAME_LIMIT_NBYTES = 255
-"""Of one name in a directory, on the usual file systems."""
 
 T = TypeVar("T")
 Progress = Callable[[int, str], None]
@@ -77,59 +89,6 @@ def default_threads() -> int:
     return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 
-def check_destination(destination: Path, plan: Plan, force: bool) -> None:
-    """Raise OutputError when the destination must not or cannot be written; nothing is touched."""
-    try:
-        _check_destination(destination, plan, force)
-    except OSError as error:
-        raise _explained(error, destination) from error
-
-
-def _check_destination(destination: Path, plan: Plan, force: bool) -> None:
-    final = _resolved(destination)
-    if final.is_dir():
-        if plan.is_one_file:
-            raise OutputError(f"{destination} is a directory, and the output is one file")
-        held = any(final.iterdir())
-    else:
-        held = os.path.lexists(final)
-        if held and not final.is_file():
-            raise OutputError(f"{destination} is neither a file nor a directory")
-        if held and not plan.is_one_file:
-            raise OutputError(f"{destination} is a file, and the output is a directory")
-    if held and not force:
-        raise OutputError(f"{destination} exists", hint="--force replaces it, once the new one is complete")
-    for path in plan.sources():
-        if final == Path(os.path.realpath(path)) or final in Path(os.path.realpath(path)).parents:
-            raise OutputError(
-                f"{destination} holds the input {path}: replacing it would destroy what is being read",
-                hint="choose another output",
-            )
-    if plan.is_one_file:
-        longest = max((len(os.fsencode(beside(final, f.path).name)) for f in plan.files if f.path), default=0)
-        if longest > _NAME_LIMIT_NBYTES:
-            raise OutputError(f"{destination}: the name of the manifest beside it would have {longest} bytes")
-    parent = _existing_parent(final)
-    if not parent.is_dir():
-        raise OutputError(f"{destination}: {parent} is not a directory")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{destination}: {parent} is not writable")
-
-
-def check_space(destination: Path, plan: Plan) -> None:
-    """Raise OutputError when the output would not fit on the disk."""
-    final = _resolved(destination)
-    parent = _existing_parent(final)
-    free = shutil.disk_usage(parent).free + sum(
-        f.stat().st_blocks * 512 for f in _staging(final).rglob("*") if f.is_file()
-    )
-    if plan.nbytes > free:
-        raise OutputError(
-            f"{destination}: {plan.nbytes} bytes to write, {free} free in {parent}",
-            hint="free some space, choose another output, or write less with --dtype bfloat16",
-        )
-
-
 def run(
     plan: Plan,
     destination: Path,
@@ -146,7 +105,7 @@ def run(
     goes on from it.
     """
     began = time.monotonic()
-    final = _resolved(destination)
+    final = resolved(destination)
     stamp = _source_stamp(plan)
     fingerprint = _fingerprint(plan, stamp)
     num_tensors = sum(bool(name) for *_, name, _ in plan.tensors())
@@ -157,18 +116,18 @@ def run(
     check_space(destination, plan)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with _staged(final) as staging:
+        with staged(final) as staging:
             try:
                 digests, num_checked, kept = _staged_run(
                     plan, destination, staging, fingerprint, stamp, threads, block_nbytes, progress
                 )
             except InputError:
-                _clear(staging)
+                clear(staging)
                 raise
-            _commit(plan, staging / "files", final)
-            _clear(staging)
+            commit(plan, staging / "files", final)
+            clear(staging)
     except OSError as error:
-        raise _explained(error, destination) from error
+        raise explained(error, destination) from error
     seconds = time.monotonic() - began
     return Result(destination, plan.nbytes, num_tensors, num_checked, kept, seconds, digests)
 
@@ -184,10 +143,10 @@ def _staged_run(
     progress: Progress | None,
 ) -> tuple[dict[tuple[str, int], Digest], int, int]:
     """Everything up to the commit, which may follow when this returns."""
-    journal = _Journal(staging, fingerprint)
+    journal = Journal(staging, fingerprint)
     try:
         folder = staging / "files"
-        if journal.committing is not None and journal.committing != _inode(_payload(plan, folder)):
+        if journal.committing is not None and journal.committing != inode(payload_of(plan, folder)):
             shutil.rmtree(folder, ignore_errors=True)  # what was replaced, not what was written
         filled = _fill(plan, folder, journal, threads, block_nbytes, progress)
         if _changed(plan, stamp):
@@ -195,7 +154,7 @@ def _staged_run(
                 f"the source of {destination} changed while it was read",
                 hint="run again when the checkpoint is no longer being written",
             )
-        journal.note_commit(_inode(_payload(plan, folder)))
+        journal.note_commit(inode(payload_of(plan, folder)))
         return filled
     finally:
         journal.close()
@@ -203,21 +162,21 @@ def _staged_run(
 
 def _standing(plan: Plan, final: Path, fingerprint: str) -> Mapping[tuple[str, int], Digest] | None:
     """The digests of a destination that an earlier run completed without getting to clear up; None for any other."""
-    staging = _staging(final)
-    lines = _journal_lines(staging / "journal")
+    staging = staging_of(final)
+    lines = journal_lines(staging / "journal")
     if not lines or lines[0] != fingerprint.encode():
         return None
-    journal = _JournalRead(lines)
-    if journal.committing is None or journal.committing != _inode(final):
+    journal = JournalRead(lines)
+    if journal.committing is None or journal.committing != inode(final):
         return None
     digests: dict[tuple[str, int], Digest] = {}
-    with _staged(final):
+    with staged(final):
         for seals in (False, True):
             for file in plan.files:
                 path = final / file.path if not plan.is_one_file else beside(final, file.path) if file.path else final
                 if not _holds(file, path, seals, journal.known, digests):
                     return None
-        _clear(staging)
+        clear(staging)
     return digests
 
 
@@ -359,10 +318,10 @@ def _let_go(fd: int, offset: int, nbytes: int) -> None:
 
 
 def _fill(
-    plan: Plan, folder: Path, journal: _Journal, threads: int | None, block_nbytes: int, progress: Progress | None
+    plan: Plan, folder: Path, journal: Journal, threads: int | None, block_nbytes: int, progress: Progress | None
 ) -> tuple[dict[tuple[str, int], Digest], int, int]:
     shared = _Shared(progress, block_nbytes)
-    fds = {file.path: _create(folder / _staged_name(file), file.nbytes) for file in plan.files}
+    fds = {file.path: create(folder / staged_name(file), file.nbytes) for file in plan.files}
     try:
         digests: dict[tuple[str, int], Digest] = {}
         todo, kept = [], 0
@@ -390,7 +349,7 @@ def _fill(
         for fd in fds.values():
             os.close(fd)
     for directory in {folder, *((folder / f.path).parent for f in plan.files)}:
-        _fsync_directory(directory)
+        fsync_directory(directory)
     return digests, shared.ledger.num_checked, kept
 
 
@@ -459,209 +418,11 @@ def _digest_of(data: bytes, crc32: bool) -> Digest:
     return Digest(xxhash.xxh3_128_hexdigest(data), zlib.crc32(data) if crc32 else 0)
 
 
-def _journal_lines(path: Path) -> list[bytes]:
-    """The lines of a journal that end, the first of them the fingerprint."""
-    try:
-        return path.read_bytes().split(b"\n")[:-1]
-    except OSError:
-        return []
-
-
-class _JournalRead:
-    """What a journal says. A line that was cut short, or is nonsense, does not count."""
-
-    def __init__(self, lines: Sequence[bytes]) -> None:
-        self.known: dict[tuple[str, int], Digest] = {}
-        self.committing: int | None = None
-        """The inode that was about to become the destination."""
-        for line in lines[1:]:
-            segment, commit = _SEGMENT_LINE.fullmatch(line), _COMMIT_LINE.fullmatch(line)
-            if segment:
-                index, xxh3, crc, name = (part.decode(errors="replace") for part in segment.groups())
-                self.known[name, int(index)] = Digest(xxh3, int(crc, 16))
-            elif commit:
-                self.committing = int(commit[1])
-
-
-_SEGMENT_LINE = re.compile(rb"(\d{1,9}) ([0-9a-f]{32}) ([0-9a-f]{8}) (.*)")
-_COMMIT_LINE = re.compile(rb"commit (\d{1,20})")
-
-
-class _Journal(_JournalRead):
-    """The journal of a staging directory, held open; it begins anew unless its plan is the one of `fingerprint`."""
-
-    def __init__(self, staging: Path, fingerprint: str) -> None:
-        path = staging / "journal"
-        lines = _journal_lines(path)
-        if not lines or lines[0] != fingerprint.encode():
-            shutil.rmtree(staging / "files", ignore_errors=True)
-            lines = [fingerprint.encode()]
-        super().__init__(lines)
-        path.write_bytes(b"".join(line + b"\n" for line in lines))  # without the line that was cut short
-        self._lock = threading.Lock()
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-
-    def note(self, path: str, index: int, done: Digest) -> None:
-        line = f"{index} {done.xxh3_128} {done.crc32:08x} {path}\n".encode()
-        with self._lock:
-            os.write(self._fd, line)
-
-    def note_commit(self, inode: int | None) -> None:
-        """All is written and flushed; this inode is the next to be renamed."""
-        os.write(self._fd, f"commit {inode}\n".encode())
-        os.fsync(self._fd)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-@contextmanager
-def _staged(final: Path) -> Iterator[Path]:
-    """The staging directory of a destination, held by one process at a time."""
-    staging = _staging(final)
-    lock = _locked(staging, final)
-    try:
-        yield staging
-    finally:
-        os.close(lock)
-
-
-def _locked(staging: Path, final: Path) -> int:
-    while True:
-        staging.mkdir(exist_ok=True)
-        try:
-            lock = os.open(staging / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:  # another process has just cleared up
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise OutputError(f"{final} is being written by another process (it holds {staging}/lock)") from error
-        if _inode(staging / "lock") == os.fstat(lock).st_ino:
-            return lock
-        os.close(lock)
-
-
-def _clear(staging: Path) -> None:
-    """Remove a staging directory that this process holds.
-
-    The journal goes late, because it is what tells a complete destination from somebody else's; the lock goes last, so
-    that whoever waits for it finds nothing old.
-    """
-    for path in staging.iterdir():
-        if path.name in ("journal", "lock"):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    for name in ("journal", "lock"):
-        (staging / name).unlink(missing_ok=True)
-    with suppress(OSError):  # another process may have begun
-        staging.rmdir()
-
-
-def _staging(final: Path) -> Path:
-    name = final.name
-    if len(name.encode()) > 230:
-        name = xxhash.xxh3_64_hexdigest(name.encode())
-    return final.parent / f".{name}.reshard"
-
-
-def _staged_name(file: FilePlan) -> str:
-    return file.path or "output"
-
-
-def _create(path: Path, nbytes: int) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        try:
-            os.posix_fallocate(fd, 0, max(nbytes, 1))  # a full disk shows here
-        except (OSError, AttributeError) as error:
-            if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-        os.ftruncate(fd, nbytes)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
 def _pwrite(fd: int, data: object, offset: int) -> None:
     view = memoryview(data).cast("B")  # type: ignore[arg-type]
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _commit(plan: Plan, folder: Path, final: Path) -> None:
-    """Make the finished files the destination. A single file comes last: until then the old one stands."""
-    if plan.is_one_file:
-        for file in plan.files:
-            if file.path:
-                os.replace(folder / file.path, beside(final, file.path))
-        os.replace(folder / "output", final)
-    elif final.is_dir() and any(final.iterdir()):
-        _exchange(folder, final)
-    else:
-        os.rename(folder, final)
-    _fsync_directory(final.parent)
-
-
-def beside(final: Path, name: str) -> Path:
-    """Where a file that belongs to a one-file output lies: `out.safetensors.reshard.json`."""
-    return final.with_name(f"{final.name}.{name}")
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swap two directories at once where the kernel can (Linux), else one after the other."""
-    at_fdcwd, rename_exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
-        renameat2 = None
-    if renameat2 and renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(old), rename_exchange) == 0:
-        return
-    aside = new.with_name("replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(old, aside)
-    try:
-        os.rename(new, old)
-    except OSError:
-        os.rename(aside, old)
-        raise
-
-
-def _fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _resolved(destination: Path) -> Path:
-    return Path(os.path.realpath(destination))
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(p for p in path.parents if os.path.lexists(p))
-
-
-def _payload(plan: Plan, folder: Path) -> Path:
-    """What a commit renames to the destination, last."""
-    return folder / "output" if plan.is_one_file else folder
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return os.stat(path, follow_symlinks=False).st_ino
-    except OSError:
-        return None
 
 
 _Stamp = list[tuple[str, int, int, int]]
@@ -701,15 +462,3 @@ def _named(error: InputError, name: str) -> InputError:
     if not name or name in message:
         return error
     return type(error)(f"{name}: {message}", hint=error.hint)
-
-
-def _explained(error: OSError, destination: Path) -> ReshardError:
-    if error.errno == errno.ENOSPC:
-        return OutputError(
-            f"{destination}: the disk is full", hint="free some space and run again: what is done is kept"
-        )
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return OutputError(f"{destination} cannot be written: {error.strerror}")
-    if error.errno == errno.EIO:
-        return Corrupt(f"{error.filename or destination}: {error}", hint="the disk could not read or write this")
-    return OutputError(f"{destination}: {error}")
