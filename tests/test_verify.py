@@ -283,3 +283,40 @@ def test_shards_that_are_removed_by_the_command_line(shards: Path, tmp_path: Pat
     assert main(["merge", str(shards), str(tmp_path / "out.safetensors"), "--remove-shards", "-q"]) == 0
     assert not shards.exists()
     assert equals(tmp_path / "out.safetensors", MODEL)
+
+
+def test_verify_against_the_source_sees_a_config_that_was_changed_under_a_forged_manifest(tmp_path: Path) -> None:
+    write_dcp(tmp_path / "run", model(2))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "strange"}\n')
+    reshard.merge(tmp_path / "run", tmp_path / "out", base=str(tmp_path / "base"))
+    (tmp_path / "base2").mkdir()
+    (tmp_path / "base2" / "config.json").write_text('{"model_type": "changed"}\n')
+    reshard.merge(tmp_path / "run", tmp_path / "other", base=str(tmp_path / "base2"))
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "changed"}\n')
+    found = reshard.verify(tmp_path / "out", tmp_path / "run")
+    assert found.problems == (f"{tmp_path / 'out' / 'config.json'} is not the file that the source gives",)
+
+
+def test_verify_recomputes_an_average_from_its_recipe(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write_dcp(tmp_path / "run" / f"checkpoint-{step}", times(step))
+    sources = [tmp_path / "run" / f"checkpoint-{step}" for step in (1, 2, 3)]
+    reshard.average(sources, tmp_path / "soup.safetensors", weights=[1, 2, 1])
+    assert reshard.verify(tmp_path / "soup.safetensors", tmp_path / "run").ok
+    write_dcp(sources[1], times(7))
+    assert not reshard.verify(tmp_path / "soup.safetensors", tmp_path / "run").ok
+
+
+def times(factor: int) -> dict[str, torch.Tensor]:
+    return {fqn: tensor * factor for fqn, tensor in model(1).items()}
+
+
+def test_the_directory_one_works_in_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dcp(tmp_path / "run", model(1))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "work.txt").write_text("precious")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="no place for an output"):
+        reshard.merge(tmp_path / "run", ".", force=True)
+    assert (tmp_path / "here" / "work.txt").read_text() == "precious"

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from reshard.core.checkpoint import Checkpoint
-from reshard.core.tensor import Tensor
+from reshard.core.dtypes import dtype
+from reshard.core.tensor import Stored, Tensor
 from reshard.errors import NotFound
 from reshard.formats import open_path
-from reshard.ops.merge import Options, prepare
+from reshard.ops.average import Accumulate, prepare_average
+from reshard.ops.merge import Options, Prepared, prepare
 from reshard.storage import manifest
-from reshard.storage.plan import FilePlan, Plan, Segment
-from reshard.storage.run import Progress, digest
+from reshard.storage.files import Reader, file_extent
+from reshard.storage.plan import FilePlan, Plan, Seal, Segment, blocks
+from reshard.storage.run import BLOCK_NBYTES, Progress, digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +69,8 @@ def _compare(
     output: Path, against: Path, threads: int | None, progress: Progress | None
 ) -> tuple[int, tuple[str, ...]]:
     """Number of tensors compared, and what differs between an output and what its source gives."""
-    try:
-        options = Options.recorded(manifest.read(output).options)
-    except NotFound:
-        options = Options()
-    wanted = prepare(against, output, options).checkpoint
+    prepared, is_ours = _recomputed(output, against)
+    wanted = prepared.checkpoint
     written = open_path(output).located()
     names = _names(written, wanted)
     problems = [f"{fqn} is in the source and not in {output}" for fqn in wanted.tensors if fqn not in names]
@@ -83,7 +85,51 @@ def _compare(
     source = _digests({fqn: a for fqn, (a, _) in pairs.items()}, threads, progress)
     target = _digests({fqn: b for fqn, (_, b) in pairs.items()}, threads, None)
     problems += [f"{fqn}: not the values of the source" for fqn in pairs if source[fqn] != target[fqn]]
+    if is_ours:
+        problems += _companions(output, prepared.plan)
     return len(pairs), tuple(sorted(problems))
+
+
+def _recomputed(output: Path, against: Path) -> tuple[Prepared, bool]:
+    """What the source gives, by the options and the recipe in the manifest; and whether there is a manifest."""
+    try:
+        held = manifest.read(output)
+    except NotFound:
+        return prepare(against, output, Options()), False
+    options = Options.recorded(held.options)
+    recipe = held.source.get("average")
+    if not isinstance(recipe, list):
+        return prepare(against, output, options), True
+    sources = [Path(str(part["path"])) for part in recipe]
+    sources = [path if path.exists() else against / path.name for path in sources]
+    accumulate: Accumulate = "float32" if held.source.get("accumulate") == "float32" else "float64"
+    return prepare_average(sources, output, options, [float(p["weight"]) for p in recipe], None, accumulate), True
+
+
+def _companions(output: Path, plan: Plan) -> Iterator[str]:
+    """What differs in the files that hold no tensors: config, tokenizer, index."""
+    for file in plan.files:
+        if any(segment.name or isinstance(segment.payload, Seal) for segment in file.segments):
+            continue
+        path = output / file.path
+        if not path.is_file() or path.stat().st_size != file.nbytes:
+            yield f"{path} is not the file that the source gives"
+            continue
+        there = FilePlan(file.path, (Segment(Stored(dtype("U8"), (file.nbytes,), file_extent(path))),))
+        if _digest_of(there) != _digest_of(file):
+            yield f"{path} is not the file that the source gives"
+
+
+def _digest_of(file: FilePlan) -> str:
+    hasher = xxhash.xxh3_128()
+    reader = Reader()
+    for segment in file.segments:
+        if isinstance(segment.payload, bytes):
+            hasher.update(segment.payload)
+        elif isinstance(segment.payload, Tensor):
+            for box in blocks(segment.payload, BLOCK_NBYTES):
+                hasher.update(segment.payload.read(reader, box).data)
+    return hasher.hexdigest()
 
 
 def _names(written: Checkpoint, wanted: Checkpoint) -> dict[str, str]:

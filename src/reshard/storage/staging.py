@@ -53,6 +53,9 @@ def _check_destination(destination: Path, plan: Plan, force: bool) -> None:
             raise OutputError(f"{destination} is a file, and the output is a directory")
     if held and not force:
         raise OutputError(f"{destination} exists", hint="--force replaces it, once the new one is complete")
+    here = Path.cwd()
+    if held and final.is_dir() and (final in (Path.home(), here, *here.parents) or (final / ".git").exists()):
+        raise OutputError(f"{destination} is not replaced: it is no place for an output", hint="choose another output")
     for path in plan.sources():
         if final == Path(os.path.realpath(path)) or final in Path(os.path.realpath(path)).parents:
             raise OutputError(
