@@ -304,6 +304,7 @@ def test_verify_recomputes_an_average_from_its_recipe(tmp_path: Path) -> None:
     sources = [tmp_path / "run" / f"checkpoint-{step}" for step in (1, 2, 3)]
     reshard.average(sources, tmp_path / "soup.safetensors", weights=[1, 2, 1])
     assert reshard.verify(tmp_path / "soup.safetensors", tmp_path / "run").ok
+    shutil.rmtree(sources[1])
     write_dcp(sources[1], times(7))
     assert not reshard.verify(tmp_path / "soup.safetensors", tmp_path / "run").ok
 
