@@ -128,7 +128,7 @@ def _ready_for_bfloat16(numbers: Array) -> Array:
 
 def _bfloat16_ties(numbers: Array) -> Array:
     """Where float32 numbers lie half-way between two bfloat16 neighbours."""
-    return np.flatnonzero(numbers.view(np.uint16)[::2] == 0x8000)
+    return np.flatnonzero(np.left_shift(numbers.view(np.uint32), 16) == np.uint32(0x8000_0000))
 
 
 def _to_odd_float32(numbers: Array) -> Array:
@@ -204,9 +204,19 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self.float64 = np.empty(PIECE, np.float64)
         self.float32 = np.empty(PIECE, np.float32)
+        self.pair = np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
 
 
 _workspace = _Workspace()
+
+
+def _plain(piece: Array, which: int) -> Array:
+    """bfloat16 numbers as float32 ones, in the workspace: numpy adds those without holding on to the interpreter."""
+    if piece.dtype != dtype("BF16").number:
+        return piece
+    numbers = _workspace.pair[which][: len(piece)]
+    numbers[:] = piece
+    return numbers
 
 
 def _mean_float32(pieces: Sequence[Array], weights: Sequence[float], _to: DType) -> Array:
@@ -214,7 +224,7 @@ def _mean_float32(pieces: Sequence[Array], weights: Sequence[float], _to: DType)
     total[:] = 0
     equal = len(set(weights)) == 1
     for piece, weight in zip(pieces, weights, strict=True):
-        total += piece if equal else piece.astype(np.float32, copy=False) * np.float32(weight)
+        total += _plain(piece, 0) if equal else piece.astype(np.float32, copy=False) * np.float32(weight)
     total /= np.float32(len(weights) if equal else sum(weights))
     return total
 
@@ -225,9 +235,14 @@ def _mean_float64(pieces: Sequence[Array], weights: Sequence[float], to: DType) 
     divisor = float(len(weights) if equal else sum(weights))
     factors = [1.0 if equal else w for w in weights]
     total = _workspace.float64[: len(pieces[0])]
-    total[:] = 0
-    for piece, factor in zip(pieces, factors, strict=True):
-        total += piece if factor == 1.0 else piece.astype(np.float64) * factor
+    if len(pieces) > 1 and factors[0] == factors[1] == 1.0:
+        np.add(_plain(pieces[0], 0), _plain(pieces[1], 1), out=total, dtype=np.float64)
+        begun = 2
+    else:
+        total[:] = 0
+        begun = 0
+    for piece, factor in zip(pieces[begun:], factors[begun:], strict=True):
+        np.add(total, _plain(piece, 0) if factor == 1.0 else piece.astype(np.float64) * factor, out=total)
     if frexp(divisor)[0] == 0.5:
         total *= 1 / divisor  # exact
     else:

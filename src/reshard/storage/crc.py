@@ -1,4 +1,7 @@
-"""The CRC-32 of a whole from the CRC-32s of its parts.
+"""CRC-32, quickly: of bytes, and of a whole from the CRC-32s of its parts.
+
+zlib-ng folds with the processor's carry-less multiplication, ten times and more as fast as the zlib that many Pythons
+are built with; where it is not installed, zlib gives the same numbers.
 
 A CRC is a polynomial over GF(2) modulo P. Appending n bytes multiplies it by x^(8n), so
 
@@ -13,6 +16,13 @@ highest bit is the coefficient of x^0.
 from __future__ import annotations
 
 from functools import cache, lru_cache
+
+try:
+    from zlib_ng.zlib_ng import crc32 as checksum
+except ImportError:
+    from zlib import crc32 as checksum
+
+__all__ = ["checksum", "combine"]
 
 _POLYNOMIAL = 0xEDB88320
 _ONE = 0x8000_0000

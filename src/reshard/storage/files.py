@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from reshard.core.box import Shape
 from reshard.core.tensor import Array, Extent
 from reshard.errors import Corrupt, Incomplete, NotFound
-from reshard.storage.crc import combine
+from reshard.storage.crc import checksum, combine
 
 _OPEN_FILES = 512
 _GAP_NBYTES = 1 << 20
@@ -121,13 +120,13 @@ class Ledger:
     def add(self, extent: Extent, offset: int, data: Any, nbytes: int, name: str) -> None:
         """Note what was read. Raises Corrupt when a run is all of the extent and its checksum is not the stated one."""
         if nbytes == extent.nbytes:
-            self._compare(extent, zlib.crc32(data), name)
+            self._compare(extent, checksum(data), name)
             return
         with self._lock:
             runs = self._runs.setdefault(extent, {})
             self._names[extent] = name
             start, crc = runs.pop(offset, (offset, 0))
-        crc, stop = zlib.crc32(data, crc), offset + nbytes
+        crc, stop = checksum(data, crc), offset + nbytes
         with self._lock:
             if runs.get(stop, (stop, 0))[0] > start:
                 runs[stop] = (start, crc)
@@ -162,7 +161,7 @@ class Ledger:
 def _crc_of(files: Files, extent: Extent, start: int, stop: int, crc: int) -> int:
     while start < stop:
         nbytes = min(_GAP_NBYTES, stop - start)
-        crc = zlib.crc32(files.pread(extent.path, extent.offset + start, nbytes), crc)
+        crc = checksum(files.pread(extent.path, extent.offset + start, nbytes), crc)
         start += nbytes
     return crc
 

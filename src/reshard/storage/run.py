@@ -16,7 +16,6 @@ import os
 import shutil
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ import xxhash
 
 from reshard.core.tensor import Tensor
 from reshard.errors import InputError, Mismatch, NotFound
+from reshard.storage.crc import checksum
 from reshard.storage.files import Files, Ledger, Reader
 from reshard.storage.plan import Digest, FilePlan, Plan, Seal, blocks
 from reshard.storage.staging import (
@@ -265,7 +265,7 @@ class _Shared:
                 tensor.read_into(box, block.view(storage).reshape(box.shape), reader)
                 hasher.update(block.data)
                 if task.file.crc32:
-                    crc = zlib.crc32(block.data, crc)
+                    crc = checksum(block.data, crc)
                 if fd is not None:
                     _pwrite(fd, block, offset)
                     flusher.wrote(fd, offset, nbytes)
@@ -365,7 +365,7 @@ def _seal(plan: Plan, fds: Mapping[str, int], digests: dict[tuple[str, int], Dig
                 if len(data) != segment.nbytes:
                     raise AssertionError(f"{file.path}: a seal of {len(data)} bytes, planned {segment.nbytes}")
                 _pwrite(fds[file.path], data, offset)
-                digests[file.path, index] = Digest(xxhash.xxh3_128_hexdigest(data), zlib.crc32(data))
+                digests[file.path, index] = Digest(xxhash.xxh3_128_hexdigest(data), checksum(data))
 
 
 def in_threads(tasks: Sequence[T], work: Callable[[T], None], threads: int | None = None) -> None:
@@ -406,7 +406,7 @@ def _digest_at(fd: int, offset: int, nbytes: int, crc32: bool, block_nbytes: int
         data = os.pread(fd, min(block_nbytes, offset + nbytes - at), at)
         hasher.update(data)
         if crc32:
-            crc = zlib.crc32(data, crc)
+            crc = checksum(data, crc)
     return Digest(hasher.hexdigest(), crc)
 
 
@@ -415,7 +415,7 @@ def _digest_at_task(fd: int, task: _Task, block_nbytes: int) -> Digest:
 
 
 def _digest_of(data: bytes, crc32: bool) -> Digest:
-    return Digest(xxhash.xxh3_128_hexdigest(data), zlib.crc32(data) if crc32 else 0)
+    return Digest(xxhash.xxh3_128_hexdigest(data), checksum(data) if crc32 else 0)
 
 
 def _pwrite(fd: int, data: object, offset: int) -> None:

@@ -40,6 +40,7 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 from reshard.errors import Corrupt, Incomplete, Unsupported
+from reshard.storage.crc import checksum
 from reshard.storage.serialization_id import hash_crcs, hash_names, serialization_id
 
 Read: TypeAlias = Callable[[int, int], bytes]
@@ -486,9 +487,9 @@ def _read_record(read: Read, record: Record, where: str) -> bytes:
         data = _inflate(data, record, where)
     if len(data) != record.nbytes:
         raise Incomplete(f"reading {record.name} of {where}: {record.nbytes} bytes expected, found {len(data)}")
-    if record.crc32 is not None and zlib.crc32(data) != record.crc32:
+    if record.crc32 is not None and checksum(data) != record.crc32:
         raise _corrupt(
-            where, f"{record.name} has the CRC-32 {zlib.crc32(data):08x}, it was written with {record.crc32:08x}"
+            where, f"{record.name} has the CRC-32 {checksum(data):08x}, it was written with {record.crc32:08x}"
         )
     return data
 
@@ -582,7 +583,7 @@ def lay_out(prefix: str, payload: bytes, storages_nbytes: Sequence[int], *, alig
         entry = entries[position]
         text += _local_header(entry, _padding_nbytes(entry, alignment))
         if content is not None:
-            entries[position] = entry = replace(entry, crc32=zlib.crc32(content))
+            entries[position] = entry = replace(entry, crc32=checksum(content))
             text += content + _descriptor(entry)
         elif entry.nbytes:
             pieces.append(_between(entries, filled, len(head), bytes(text)))
@@ -638,7 +639,7 @@ def _ending(
     for position, crc32 in zip(filled, crcs, strict=True):
         sealed[position] = replace(sealed[position], crc32=crc32)
     identity = serialization_id(names_hash, hash_crcs(entry.crc32 for entry in sealed[:-1] if entry.nbytes))
-    sealed[-1] = replace(sealed[-1], crc32=zlib.crc32(identity))
+    sealed[-1] = replace(sealed[-1], crc32=checksum(identity))
     last = _descriptor(sealed[filled[-1]]) if filled else b""
     directory = b"".join(map(_central_header, sealed))
     directory_offset = data_offset + len(identity) + len(_descriptor(sealed[-1]))

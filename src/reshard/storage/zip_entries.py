@@ -18,12 +18,12 @@ Source: PyTorch 2.0 to 2.15, `torch/distributed/checkpoint/filesystem.py` (`_wri
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from reshard.errors import Incomplete, Unsupported
+from reshard.storage.crc import checksum
 from reshard.storage.torch_zip import CHECKED_ON_OPEN, STORED, Archive, Read, open_archive
 
 _SMALL_ENTRY_NBYTES = 16 << 10
@@ -209,7 +209,7 @@ class _Template:
             identity = tail[self.id_offset : self.id_offset + 40]
             if not identity.isdigit():
                 return None
-            identity_crc = zlib.crc32(identity).to_bytes(4, "little")
+            identity_crc = checksum(identity).to_bytes(4, "little")
             for place in self.id_parts:
                 parts[place] = identity
             for place in self.id_crc_parts:
