@@ -1,7 +1,5 @@
 """`python -m reshard`."""
 
-import sys
+from reshard.cli.main import console
 
-from reshard.cli.main import main
-
-sys.exit(main())
+console()

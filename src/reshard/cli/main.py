@@ -6,10 +6,13 @@ Exit codes: 0 done, 1 the user's input or a failed check, 2 our fault, 130 inter
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
+import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
@@ -25,10 +28,23 @@ VERBS = {
 }
 
 
+def console() -> NoReturn:
+    """The command `reshard`: a process that is ours, and short.
+
+    It makes millions of small objects and hardly a cycle, so neither collecting them nor taking them apart at the end
+    is worth its time.
+    """
+    gc.disable()
+    code = main()
+    with suppress(OSError, ValueError):  # whoever read us may have gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    if argv is None:  # the process is ours and short: many small objects, hardly a cycle; collecting costs most
-        gc.disable()
     words = [_hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)]
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         words.insert(0, "inspect")
@@ -123,4 +139,4 @@ options:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()
