@@ -221,10 +221,14 @@ def _plain(piece: Array, which: int) -> Array:
 
 def _mean_float32(pieces: Sequence[Array], weights: Sequence[float], _to: DType) -> Array:
     total = _workspace.float32[: len(pieces[0])]
-    total[:] = 0
     equal = len(set(weights)) == 1
-    for piece, weight in zip(pieces, weights, strict=True):
-        total += _plain(piece, 0) if equal else piece.astype(np.float32, copy=False) * np.float32(weight)
+    for index, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
+        if not equal:
+            piece = piece.astype(np.float32, copy=False) * np.float32(weight)
+        if index == 0:
+            total[:] = piece
+        else:
+            np.add(total, _plain(piece, 0), out=total)
     total /= np.float32(len(weights) if equal else sum(weights))
     return total
 
