@@ -124,7 +124,7 @@ def open(path: Path, *, verify: bool = False) -> Checkpoint:
             placements=_placements(index),
             files=tuple(path / name for name in (*metadata, *used)),
         ),
-        LazySource(reader.files),
+        LazySource(),
         objects=objects,
         paths=index.paths | reader.paths,
         notices=tuple(reader.notices),
@@ -367,7 +367,7 @@ class _Entries:
     def __init__(self, path: Path, index: _Index) -> None:
         self.path = path
         self.index = index
-        self.files = Files()
+        self.files = Files(scattered=True)
         self.notices: list[str] = []
         self.tensors_in_objects: dict[str, Tensor] = {}
         self.paths: dict[str, KeyPath] = {}

@@ -27,8 +27,10 @@ _GAP_NBYTES = 1 << 20
 class Files:
     """Open file descriptors by path, the least recently opened closed first when there are many."""
 
-    def __init__(self, limit: int = _OPEN_FILES) -> None:
+    def __init__(self, limit: int = _OPEN_FILES, *, scattered: bool = False) -> None:
+        """`scattered` is for headers strewn over large files: the kernel then reads just what is asked for."""
         self._limit = limit
+        self._scattered = scattered
         self._lock = threading.Lock()
         self._open: dict[str, _Descriptor] = {}
 
@@ -76,7 +78,9 @@ class Files:
             if path not in self._open:
                 if len(self._open) >= self._limit:
                     self._open.pop(next(iter(self._open)))  # closed when the last reader lets go of it
-                self._open[path] = _Descriptor(path)
+                descriptor = self._open[path] = _Descriptor(path)
+                if self._scattered and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor.fd, 0, 0, os.POSIX_FADV_RANDOM)
             return self._open[path]
 
     def close(self) -> None:
