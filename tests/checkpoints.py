@@ -144,12 +144,10 @@ def left_in(directory: Path) -> list[str]:
 
 
 PEAK = """
-import json, runpy, sys
-sys.argv = ["reshard", *sys.argv[1:]]
-try:
-    runpy.run_module("reshard", run_name="__main__")
-except SystemExit as exit:
-    code = exit.code or 0
+import gc, json, sys
+from reshard.cli.main import main
+gc.disable()  # as the command does
+code = main(sys.argv[1:])
 with open("/proc/self/status") as file:
     peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 print(json.dumps({"code": code, "peak_nbytes": peak * 1024}))

@@ -23,7 +23,7 @@ WATCHED = """
 import json, os, sys
 from pathlib import Path
 
-ours = ("reshard", "numpy", "ml_dtypes", "msgspec", "xxhash", "rich", "yaml", "_", "zstandard")
+ours = ("reshard", "numpy", "ml_dtypes", "msgspec", "xxhash", "rich", "yaml", "_", "zstandard", "zlib_ng")
 allowed = {*sys.stdlib_module_names, "org", "typing_extensions"}  # tried by the pickle module, by msgspec
 source, output = map(os.path.realpath, sys.argv[2:4])
 broken = []
