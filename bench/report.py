@@ -21,9 +21,9 @@ HEAD = """# Benchmarks
 Written by `python -m bench`; run it where your checkpoints lie. Every contestant is a whole process, and its output is
 flushed to the disk within the time that is shown. They take turns, in an order that shifts from round to round.
 Times are medians over rounds; "x" is the median of the ratios within a round to the first line, or to the `cp` above.
-Peak memory is the resident set of the largest process, at its largest. Inputs are in the page cache, but for cases
-called cold: there they were put out of it before each run (`posix_fadvise`, and `mincore` says they are gone), while
-programs and libraries were not.
+Peak memory is the resident set of the largest process, at its largest. Inputs are in the page cache, but for files that
+are mostly holes, and for cases called cold: there they were put out of it before each run (`posix_fadvise`, and
+`mincore` says they are gone), while programs and libraries were not.
 
 * `cp`: `cp -r --reflink=never` of the shards, which neither checks nor merges them.
 * `floor`: every byte read, summed with CRC-32 and xxh3-128 and written by two threads, and nothing else.
