@@ -40,8 +40,6 @@ U16 = dtype("U16")
 class Memory:
     """A source whose files are arrays."""
 
-    dry = False
-
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
 

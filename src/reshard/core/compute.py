@@ -18,7 +18,7 @@ import numpy as np
 
 from reshard.core.box import Box
 from reshard.core.dtypes import DType, dtype
-from reshard.core.tensor import Array, Source, Tensor
+from reshard.core.tensor import Array, Derived, Source, Tensor
 from reshard.errors import Mismatch, Unsupported
 
 PIECE = 1 << 15
@@ -26,23 +26,17 @@ PIECE = 1 << 15
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Bits(Tensor):
+class Bits(Derived):
     """Elements passed through a function of their bits, such as a byte swap or a complex conjugation."""
 
-    tensor: Tensor
     apply: Callable[[Array], None]
     """Changes a C-contiguous array of the storage type in place."""
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (self.tensor,)
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         block = source.scratch(box.shape, self.dtype.storage)
         self.tensor.read_into(box, block, source)
-        if not source.dry:
-            self.apply(block)
-            out[...] = block
+        self.apply(block)
+        out[...] = block
 
 
 def byteswap(tensor: Tensor) -> Tensor:
@@ -74,20 +68,12 @@ def _flip_signs(block: Array, kind: DType, which: slice) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cast(Tensor):
+class Cast(Derived):
     """Floating-point numbers in another dtype, rounded to nearest even."""
-
-    tensor: Tensor
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (self.tensor,)
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         block = source.scratch(box.shape, self.tensor.dtype.storage)
         self.tensor.read_into(box, block, source)
-        if source.dry:
-            return
         numbers = block.reshape(-1).view(self.tensor.dtype.number)
         if out.flags.c_contiguous:
             round_into(numbers, out.reshape(-1), self.dtype)
@@ -175,8 +161,6 @@ class Mean(Tensor):
             block = source.scratch(box.shape, tensor.dtype.storage)
             tensor.read_into(box, block, source)
             blocks.append(block.reshape(-1).view(tensor.dtype.number))
-        if source.dry:
-            return
         contiguous = out.flags.c_contiguous
         result = out.reshape(-1) if contiguous else np.empty(box.size, self.dtype.storage)
         mean = _mean_float64 if self.accumulate == "float64" else _mean_float32
@@ -385,11 +369,6 @@ def _two_product(a: Array, b: float) -> tuple[Array, Array]:
     b_high = b * split - (b * split - b)
     b_low = b - b_high
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
-
-
-def is_computed(tensor: Tensor) -> bool:
-    """Whether any element's value is computed on the way, rather than moved."""
-    return isinstance(tensor, Cast | Mean) or any(is_computed(t) for t in tensor.inputs)
 
 
 def view_numeric(block: Array, kind: DType) -> np.ndarray[Any, Any]:

@@ -53,9 +53,6 @@ class Extent:
 class Source(Protocol):
     """Whoever can show bytes."""
 
-    dry: bool
-    """True when reads are only recorded: what is read has no meaning, so nodes do not compute with it."""
-
     def read(self, extent: Extent, offset: int, out: Array) -> None:
         """Fill `out` (C-contiguous, any dtype) with the extent's bytes from `offset` on."""
 
@@ -223,9 +220,8 @@ class Stored(Tensor):
         elif reach * itemsize <= _SPAN_NBYTES or reach <= 2 * wanted:
             span = source.scratch((reach,), self.dtype.storage)
             source.read(self.extent, first * itemsize, span)
-            if not source.dry:
-                byte_strides = tuple(s * itemsize for s in strides)
-                out[...] = np.lib.stride_tricks.as_strided(span, shape, byte_strides, writeable=False)
+            byte_strides = tuple(s * itemsize for s in strides)
+            out[...] = np.lib.stride_tricks.as_strided(span, shape, byte_strides, writeable=False)
         else:
             dim = max((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: strides[d] * (shape[d] - 1))
             middle = box.start[dim] + shape[dim] // 2
@@ -266,15 +262,21 @@ class Literal(Tensor):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slice(Tensor):
-    """A box of another tensor."""
+class Derived(Tensor):
+    """What every node that is made of one other tensor is."""
 
     tensor: Tensor
-    start: Shape
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.tensor,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice(Derived):
+    """A box of another tensor."""
+
+    start: Shape
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         self.tensor.read_into(box.shift(self.start), out, source)
@@ -326,15 +328,10 @@ class Concat(Tensor):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Permute(Tensor):
+class Permute(Derived):
     """Dimensions reordered."""
 
-    tensor: Tensor
     dims: Shape
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (self.tensor,)
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         inverse = tuple(int(d) for d in np.argsort(self.dims))
@@ -342,16 +339,11 @@ class Permute(Tensor):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Flatten(Tensor):
+class Flatten(Derived):
     """Neighbouring dimensions merged into one, row-major."""
 
-    tensor: Tensor
     first: int
     last: int
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (self.tensor,)
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         first, last = self.first, self.last
@@ -368,16 +360,11 @@ class Flatten(Tensor):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unflatten(Tensor):
+class Unflatten(Derived):
     """One dimension cut into several, row-major."""
 
-    tensor: Tensor
     dim: int
     sizes: Shape
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (self.tensor,)
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         dim, rank = self.dim, len(self.sizes)
@@ -398,8 +385,7 @@ class Unflatten(Tensor):
             except ValueError:  # the destination's strides do not merge: go through a row-major copy
                 whole = source.scratch(merged, self.dtype.storage)
                 self.tensor.read_into(inner, whole, source)
-                if not source.dry:
-                    view[...] = whole.reshape(view.shape)
+                view[...] = whole.reshape(view.shape)
             else:
                 self.tensor.read_into(inner, view, source)
 
@@ -449,15 +435,10 @@ def unsqueeze(tensor: Tensor, dim: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Squeeze(Tensor):
+class Squeeze(Derived):
     """A dimension of size 1 dropped."""
 
-    tensor: Tensor
     dim: int
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (self.tensor,)
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         d = self.dim
@@ -466,15 +447,10 @@ class Squeeze(Tensor):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Unsqueeze(Tensor):
+class Unsqueeze(Derived):
     """A dimension of size 1 added."""
 
-    tensor: Tensor
     dim: int
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (self.tensor,)
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         d = self.dim

@@ -18,6 +18,8 @@ from reshard.storage.torch_zip import open_archive
 from reshard.storage.unpickle import Global, globals_in, is_known
 
 _PICKLE_LIMIT_NBYTES = 1 << 30
+_NO_PICKLES = (".safetensors", ".json", ".jinja", ".txt", ".distcp")
+"""Suffixes of files that are none; the objects in a `.distcp` are found through its metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +122,11 @@ def _pickles(root: Path) -> Iterator[tuple[str, bytes]]:
     files = Files()
     paths = [root] if root.is_file() else sorted(Path(d) / f for d, _, names in os.walk(root) for f in names)
     for path in paths:
-        if not path.is_file() or path.is_symlink() or path.suffix in (".safetensors", ".json", ".jinja", ".txt"):
+        if not path.is_file() or path.is_symlink() or path.suffix in _NO_PICKLES:
             continue
         nbytes = files.nbytes(str(path))
         head = files.pread(str(path), 0, min(nbytes, 4))
         try:
-            if path.suffix == ".distcp":
-                continue
             if head == b"PK\3\4":
                 name = str(path)
                 yield name, open_archive(lambda o, n, p=name: files.pread(p, o, n), nbytes, name).payload  # type: ignore[misc]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -173,8 +173,6 @@ def _crc_of(files: Files, extent: Extent, start: int, stop: int, crc: int) -> in
 class Reader:
     """Shows the bytes of extents from local files. One for each thread."""
 
-    dry = False
-
     def __init__(self, files: Files | None = None, ledger: Ledger | None = None) -> None:
         self.files = files or Files()
         self.ledger = ledger
@@ -207,8 +205,6 @@ class Reader:
 class LazySource:
     """The source of an open checkpoint: a new reader, with every checksum checked, for each tensor that is read."""
 
-    dry = False
-
     def __init__(self, files: Files | None = None) -> None:
         self._files = files or Files()
         self._ledger = Ledger()
@@ -220,22 +216,6 @@ class LazySource:
 
     def scratch(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
         return np.empty(shape, dtype)
-
-
-class Recorder:
-    """A source for dry runs: it notes what would be read and shows nothing."""
-
-    dry = True
-
-    def __init__(self, note: Callable[[Extent, int, int], None]) -> None:
-        self._note = note
-
-    def read(self, extent: Extent, offset: int, out: Array) -> None:
-        self._note(extent, offset, out.size * out.itemsize)
-
-    def scratch(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
-        """An array of this shape that takes no memory."""
-        return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ The segments of a file tile it, so a manifest that verifies leaves no byte unpro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,8 +182,3 @@ def _end(segment: SegmentRecord) -> int:
 
 def _is_inside(name: str) -> bool:
     return not name.startswith("/") and ".." not in Path(name).parts
-
-
-def digests_by_fqn(files: Mapping[str, FileRecord]) -> dict[str, SegmentRecord]:
-    """The record of every tensor, by FQN."""
-    return {segment.fqn: segment for record in files.values() for segment in record.segments if segment.fqn}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from reshard.core.box import Box
-from reshard.core.tensor import Stored, Tensor, leaves
+from reshard.core.tensor import Tensor, leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,3 @@ class Plan:
 def blocks(tensor: Tensor, limit_nbytes: int) -> Iterator[Box]:
     """The tensor in row-major order, cut into boxes of at most `limit_nbytes`."""
     return Box.whole(tensor.shape).runs(max(limit_nbytes // tensor.dtype.itemsize, 1))
-
-
-__all__ = ["Digest", "Digests", "FilePlan", "Payload", "Plan", "Seal", "Segment", "Stored", "blocks"]
