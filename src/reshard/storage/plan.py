@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from reshard.core.box import Box
@@ -75,7 +76,7 @@ class FilePlan:
             offset += segment.nbytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """All files of an output. A file whose path is empty is the output itself; others then lie beside it."""
 
@@ -106,15 +107,20 @@ class Plan:
 
     def sources(self) -> list[str]:
         """Paths of all files that the tensors are read from, sorted."""
-        return sorted({leaf.extent.path for *_, tensor in self.tensors() for leaf in leaves(tensor)})
+        return sorted({path for path, _ in self._read.values()})
 
     def read_nbytes(self) -> int:
         """Bytes of all extents that the tensors are made of, each counted once."""
-        seen: dict[int, int] = {}
+        return sum(nbytes for _, nbytes in self._read.values())
+
+    @cached_property
+    def _read(self) -> Mapping[int, tuple[str, int]]:
+        """(path, bytes that are read) by identity of the extent: one walk over what may be a million leaves."""
+        found: dict[int, tuple[str, int]] = {}
         for *_, tensor in self.tensors():
             for leaf in leaves(tensor):
-                seen[id(leaf.extent)] = min(leaf.extent.nbytes, leaf.nbytes)
-        return sum(seen.values())
+                found[id(leaf.extent)] = (leaf.extent.path, min(leaf.extent.nbytes, leaf.nbytes))
+        return found
 
     def explain(self) -> Iterator[str]:
         """The plan in words, a line a file."""
