@@ -42,7 +42,9 @@ for family in sys.argv[2:]:
     model.set_requires_gradient_sync(False)
     shards = Path(sys.argv[1], family, "checkpoint-10", "pytorch_model_fsdp_0")
     dcp.save({"model": get_model_state_dict(model)}, storage_writer=dcp.FileSystemWriter(shards))
-dist.destroy_process_group()
+dist.barrier()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads, torn down with the interpreter, now and then abort a process whose work is done
 """
 
 
