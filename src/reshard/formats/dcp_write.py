@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from reshard.core.box import Shape
 from reshard.core.checkpoint import KeyPath
@@ -171,7 +171,7 @@ def _metadata(entries: Entries, placed: Mapping[str, _Placed], paths: Mapping[st
 
 def _made(cls: Global, state: object = None) -> Any:
     """An instance that a pickle makes without calling its class, and then gives this state."""
-    made: Any = cls.__new__(cls)  # type: ignore[call-overload]
+    made = cast(Any, cls).__new__(cls)
     if state is not None:
         made.__setstate__(state)
     return made
