@@ -90,10 +90,11 @@ def matches(names: frozenset[str]) -> bool:
     return ".metadata" in names or any(_RANK_METADATA.fullmatch(n) or n.endswith(".distcp") for n in names)
 
 
-def open(path: Path, *, verify: bool = False) -> Checkpoint:
+def open(path: Path, *, verify: bool = False, is_wanted: Callable[[str], bool] = lambda _: True) -> Checkpoint:
     """The checkpoint in a directory, from its metadata alone; chunks are looked up in the files when wanted.
 
-    With `verify` chunks that several ranks wrote are read and compared. Raises Incomplete when files or chunks are
+    With `verify` chunks that several ranks wrote are read and compared. Objects whose FQN is not wanted stay unread:
+    there may be a dozen for every parameter. Raises Incomplete when files or chunks are
     missing, Corrupt when the metadata contradicts itself or the files.
     """
     index, sizes = _Index(), _sizes(path)
@@ -110,7 +111,7 @@ def open(path: Path, *, verify: bool = False) -> Checkpoint:
     tensors: dict[str, Tensor] = {
         name: Deferred(w.dtype, w.shape, partial(reader.one, name)) for name, w in index.tensors.items()
     }
-    objects = reader.objects()
+    objects = reader.objects(is_wanted)
     tensors |= reader.tensors_in_objects
     used = sorted({piece.file for piece in _pieces(index)})
     ranks = {int(m[1]) for m in (re.match(r"__(\d+)", name) for name in used) if m}
@@ -411,10 +412,12 @@ class _Entries:
                         f" copies of the chunk at {list(copy.offsets)}"
                     )
 
-    def objects(self) -> dict[str, Any]:
+    def objects(self, is_wanted: Callable[[str], bool]) -> dict[str, Any]:
         """What is not a tensor, by FQN; tensors that hide in it go to `tensors_in_objects`."""
         found: dict[str, Any] = {}
         for name, piece in self.index.objects.items():
+            if not is_wanted(name):
+                continue
             try:
                 found[name] = self._object(name, piece)
             except InputError as error:
