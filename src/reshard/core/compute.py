@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import copysign, frexp, nextafter
 from typing import Any, Literal
@@ -89,7 +89,31 @@ def cast(tensor: Tensor, to: DType) -> Tensor:
         return tensor
     if to.kind != "float":
         raise Unsupported(f"a cast from {tensor.dtype} to {to}", hint="--dtype takes floating-point types")
+    if isinstance(tensor, Shift):  # one rounding, not two
+        return replace(tensor, dtype=to)
     return Cast(to, tensor.shape, tensor)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shift(Derived):
+    """Floating-point numbers plus a constant, rounded once to nearest even."""
+
+    offset: float
+
+    def read_into(self, box: Box, out: Array, source: Source) -> None:
+        block = source.scratch(box.shape, self.tensor.dtype.storage)
+        self.tensor.read_into(box, block, source)
+        numbers = block.reshape(-1).view(self.tensor.dtype.number).astype(np.float64) + self.offset
+        rounded = np.empty(numbers.shape, self.dtype.storage)
+        round_into(numbers, rounded, self.dtype)
+        out[...] = rounded.reshape(out.shape)
+
+
+def shift(tensor: Tensor, offset: float) -> Tensor:
+    """The tensor plus `offset`, in its own dtype. Raises Unsupported for dtypes that are not floating point."""
+    if tensor.dtype.kind != "float":
+        raise Unsupported(f"arithmetic on {tensor.dtype}")
+    return Shift(tensor.dtype, tensor.shape, tensor, offset)
 
 
 def round_into(numbers: Array, out: Array, to: DType) -> None:

@@ -1,0 +1,111 @@
+"""Take the tensors of a whole model through a family's table: the hub's to Megatron's and back.
+
+Nothing is guessed and nothing is dropped: names that the table does not have, names that are missing, parts of the
+wrong shape are one error that lists them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from reshard.core.tensor import Tensor, stack, unsqueeze
+from reshard.dialects.fuse import Fuse
+from reshard.dialects.table import Entry, Facts, Family, copies, entries, variants
+from reshard.errors import Incomplete, InputError, Mismatch, listed
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A tensor of Megatron with the entry that it came by."""
+
+    entry: Entry
+    tensor: Tensor
+
+
+def to_megatron(hub: Mapping[str, Tensor], family: Family, facts: Facts) -> dict[str, Named]:
+    """Megatron's tensors by name. Raises Mismatch for names that the table lacks, Incomplete for those missing."""
+    table = entries(family, facts)
+    known = {name for entry in table for name in entry.hub} | {c.name for c in copies(family, facts)}
+    _check_names("the model", hub, known, {name for entry in table for name in entry.hub}, family)
+    return {entry.megatron: Named(entry, _joined(entry, hub, facts)) for entry in table}
+
+
+def to_hub(megatron: Mapping[str, Tensor], family: Family, facts: Facts, *, strict: bool = True) -> dict[str, Tensor]:
+    """The hub's tensors by name, in the table's order.
+
+    Megatron's names may be the table's or one of its variants. Raises Mismatch for names that the table lacks,
+    Incomplete (unless not `strict`) for those missing.
+    """
+    table, others = {entry.megatron: entry for entry in entries(family, facts)}, variants(family, facts)
+    found = {name: entry for name in megatron if (entry := table.get(name) or others.get(name))}
+    unknown = [name for name in megatron if name not in found]
+    if unknown:
+        raise Mismatch(
+            f"{len(unknown)} tensors are not those of a {family.name} model: {listed(unknown)}",
+            hint="is this the right --hf-model? `reshard families` lists what is known",
+        )
+    have = {hub for entry in found.values() for hub in entry.hub}
+    missing = [entry.megatron for entry in table.values() if not set(entry.hub) <= have]
+    if missing and strict:
+        raise Incomplete(
+            f"{len(missing)} tensors of the {family.name} model are missing: {listed(missing)}",
+            hint="is every shard there, and is this the right --hf-model? --not-strict writes what there is",
+        )
+    return _split_all(megatron, found, facts)
+
+
+def _split_all(megatron: Mapping[str, Tensor], found: Mapping[str, Entry], facts: Facts) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    packs: dict[str, dict[int, Tensor]] = {}
+    for name, entry in found.items():
+        parts = _split(entry.row.fuse, megatron[name], facts, name)
+        for hub, part in zip(entry.hub, parts, strict=True):
+            if entry.index is not None:
+                packs.setdefault(hub, {})[entry.index] = part
+                if len(packs[hub]) == entry.count:
+                    result[hub] = stack([packs[hub][i] for i in range(entry.count)])
+            elif hub in result:
+                raise Mismatch(f"{name}: {hub} is there already, under another of Megatron's names")
+            else:
+                result[hub] = part
+    short = [hub for hub in packs if hub not in result]
+    if short:
+        raise Incomplete(f"experts are missing of {listed(short)}")
+    return result
+
+
+def _joined(entry: Entry, hub: Mapping[str, Tensor], facts: Facts) -> Tensor:
+    parts = [hub[name] for name in entry.hub]
+    if entry.index is not None:
+        if any(len(part.shape) < 2 or part.shape[0] != entry.count for part in parts):
+            shapes = ", ".join(str(list(part.shape)) for part in parts)
+            raise Mismatch(f"{entry.hub[0]}: shape {shapes}, {entry.count} in the first dimension expected")
+        parts = [part[entry.index] for part in parts]
+    try:
+        return entry.row.fuse.join(parts, facts.sizes)
+    except InputError as error:
+        raise type(error)(f"{', '.join(entry.hub)}: {error}") from error
+
+
+def _split(fuse: Fuse, tensor: Tensor, facts: Facts, name: str) -> tuple[Tensor, ...]:
+    try:
+        return fuse.split(tensor if tensor.shape else unsqueeze(tensor, 0), facts.sizes)
+    except InputError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _check_names(what: str, found: Iterable[str], known: set[str], wanted: set[str], family: Family) -> None:
+    have = set(found)
+    unknown, missing = sorted(have - known), sorted(wanted - have)
+    if unknown:
+        also = f"; and {len(missing)} are missing: {listed(missing)}" if missing else ""
+        raise Mismatch(
+            f"{what} has {len(unknown)} tensors that a {family.name} model has not: {listed(unknown)}{also}",
+            hint="`reshard families` lists what is known",
+        )
+    if missing:
+        raise Incomplete(
+            f"{len(missing)} tensors of the {family.name} model are missing: {listed(missing)}",
+            hint="is every shard file there, and does config.json belong to these weights?",
+        )

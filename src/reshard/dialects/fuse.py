@@ -1,0 +1,284 @@
+"""Fuses: how tensors of the hub lie in one tensor of a dialect.
+
+A fuse joins hub parts into the dialect's tensor and splits it back; both are views, `split(join(x)) == x`. Sizes that
+the shapes do not tell (heads, groups, ...) come by name from the model's facts.
+
+    QKV         [q heads of the group; k; v] of each key-value group, one group below the other
+    GatedQkv    the same, with the output gates of the group's heads between q and k
+    Glu         [gate; up]
+    Rows        parts one below the other, each of a named number of rows
+
+Legend of shapes: R query heads in a group, G groups, D size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from reshard.core.compute import shift
+from reshard.core.dtypes import DType
+from reshard.core.tensor import Filled, Tensor, concat
+from reshard.errors import Mismatch
+
+Sizes = Mapping[str, int]
+"""Named sizes of a model: `heads`, `groups`, `head_dim`, `vocab`, ..."""
+
+
+class Fuse(Protocol):
+    """One tensor of a dialect, made of hub parts."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        """The dialect's tensor. Raises Mismatch when the parts do not have the shapes that the sizes ask for."""
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        """The parts, in the order in which `join` takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """One tensor, the same in both."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        return parts[0]
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        return (tensor,)
+
+
+@dataclass(frozen=True, slots=True)
+class Glu:
+    """[gate; up]: two halves of equal rows."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        gate, up = parts
+        _expect(gate.shape == up.shape, f"gate {list(gate.shape)} and up {list(up.shape)} are not alike")
+        return concat([gate, up], 0)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        _expect(tensor.shape[0] % 2 == 0, f"{tensor.shape[0]} rows are not those of a gate and an up projection")
+        half = tensor.shape[0] // 2
+        return tensor[:half], tensor[half:]
+
+
+@dataclass(frozen=True, slots=True)
+class Qkv:
+    """Query, key and value grouped by key-value head; of weights (rows, H) and biases (rows) alike."""
+
+    gated: bool = False
+    """Whether each query head of the hub's q is followed by its output gate."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        q, k, v = parts
+        groups, per_group, head = _grouping(sizes)
+        kinds = 2 if self.gated else 1
+        _expect_rows(q, groups * per_group * kinds * head, "q_proj")
+        _expect_rows(k, groups * head, "k_proj")
+        _expect_rows(v, groups * head, "v_proj")
+        q_GR = q.unflatten(0, (groups, per_group, kinds, head))
+        if self.gated:
+            q_GR = q_GR.permute(0, 2, 1, 3, *range(4, len(q_GR.shape)))
+        grouped = [q_GR.flatten(1, 3), k.unflatten(0, (groups, head)), v.unflatten(0, (groups, head))]
+        return concat(grouped, 1).flatten(0, 1)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        groups, per_group, head = _grouping(sizes)
+        kinds = 2 if self.gated else 1
+        rows_q = per_group * kinds * head
+        _expect_rows(tensor, groups * (rows_q + 2 * head), "linear_qkv")
+        grouped = tensor.unflatten(0, (groups, rows_q + 2 * head))
+        q = grouped[:, :rows_q].unflatten(1, (kinds, per_group, head))
+        if self.gated:
+            q = q.permute(0, 2, 1, 3, *range(4, len(q.shape)))
+        k, v = grouped[:, rows_q : rows_q + head], grouped[:, rows_q + head :]
+        return q.flatten(0, 3), k.flatten(0, 1), v.flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedQkv:
+    """The hub's one tensor [all q; all k; all v], grouped by key-value head in the dialect."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        groups, per_group, head = _grouping(sizes)
+        rows = _cut(parts[0], (groups * per_group * head, groups * head, groups * head), "qkv_proj")
+        return Qkv().join(rows, sizes)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        return (concat(Qkv().split(tensor, sizes), 0),)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadQkv:
+    """The hub's [all q; all k; all v] of as many heads each; per head [q; k; v] in the dialect (vision towers)."""
+
+    heads: str
+    """The name of the size that counts the heads."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        return self._turned(parts[0], (3, sizes[self.heads]))
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        return (self._turned(tensor, (sizes[self.heads], 3)),)
+
+    def _turned(self, tensor: Tensor, outer: tuple[int, int]) -> Tensor:
+        rows = tensor.shape[0]
+        _expect(rows % (outer[0] * outer[1]) == 0, f"{rows} rows are not q, k and v of {max(outer)} heads")
+        cut = tensor.unflatten(0, (*outer, rows // (outer[0] * outer[1])))
+        return cut.permute(1, 0, 2, *range(3, len(cut.shape))).flatten(0, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Hub tensors one below the other."""
+
+    rows: tuple[str, ...]
+    """For each part the name of the size that counts its rows; `a+b` is a sum of sizes."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        for part, rows in zip(parts, self.counts(sizes), strict=True):
+            _expect_rows(part, rows, "the part")
+        return concat(list(parts), 0)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        return _cut(tensor, self.counts(sizes), "the tensor")
+
+    def counts(self, sizes: Sizes) -> tuple[int, ...]:
+        """The rows of each part."""
+        return tuple(sum(sizes[name] for name in rows.split("+")) for rows in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaved:
+    """Parts that the hub interleaves by key head (rows of each part for head 0, for head 1, ...), whole in the dialect.
+
+    Two hub tensors after one another, each a list of parts (Qwen3-Next's `in_proj_qkvz` and `in_proj_ba`).
+    """
+
+    heads: str
+    parts: tuple[tuple[str, ...], ...]
+    """For each hub tensor the sizes (all heads together) of the parts in it."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        whole: list[Tensor] = []
+        heads = sizes[self.heads]
+        for hub, names in zip(parts, self.parts, strict=True):
+            per_head = [sizes[name] // heads for name in names]
+            _expect_rows(hub, heads * sum(per_head), "the interleaved projection")
+            rows = hub.unflatten(0, (heads, sum(per_head)))
+            at = 0
+            for n in per_head:
+                whole.append(rows[:, at : at + n].flatten(0, 1))
+                at += n
+        return concat(whole, 0)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        heads = sizes[self.heads]
+        counts = tuple(sizes[name] for names in self.parts for name in names)
+        cut = iter(_cut(tensor, counts, "the projection"))
+        return tuple(
+            concat([next(cut).unflatten(0, (heads, sizes[name] // heads)) for name in names], 1).flatten(0, 1)
+            for names in self.parts
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """The hub's matrix (in, out), the dialect's (out, in); vectors are the same in both."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        return _transposed(parts[0])
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        return (_transposed(tensor),)
+
+
+@dataclass(frozen=True, slots=True)
+class InterleavedGlu:
+    """[gate; up] in the dialect; (in, gate and up by turns) in the hub. Biases by turns too."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        turns = _transposed(parts[0])
+        _expect(turns.shape[0] % 2 == 0, f"{turns.shape[0]} columns are not those of a gate and an up projection")
+        return _by_turns(turns, (turns.shape[0] // 2, 2))
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        _expect(tensor.shape[0] % 2 == 0, f"{tensor.shape[0]} rows are not those of a gate and an up projection")
+        return (_transposed(_by_turns(tensor, (2, tensor.shape[0] // 2))),)
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Rows by token: as many as the vocabulary has on the hub, padded with zeros in the dialect."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        tensor, rows = parts[0], sizes.get("padded_vocab", sizes["vocab"])
+        _expect_rows(tensor, sizes["vocab"], "the vocabulary")
+        if rows == tensor.shape[0]:
+            return tensor
+        padding = (rows - tensor.shape[0], *tensor.shape[1:])
+        return concat([tensor, Filled(tensor.dtype, padding, bytes(tensor.dtype.itemsize))], 0)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        vocab = sizes["vocab"]
+        _expect(tensor.shape[0] >= vocab, f"{tensor.shape[0]} rows are fewer than the vocabulary's {vocab}")
+        return (tensor[:vocab],)
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroCentred:
+    """A norm's weight w on the hub, w - 1 in the dialect: the one fuse that computes.
+
+    Each way is rounded once, to nearest even. In bfloat16 the way back is exact for weights in [0.5, 2].
+    """
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        return shift(parts[0], -1.0)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        return (shift(tensor, 1.0),)
+
+
+SAME, GLU, QKV, PADDED = Same(), Glu(), Qkv(), Padded()
+
+
+def _grouping(sizes: Sizes) -> tuple[int, int, int]:
+    """(groups, query heads in a group, size of a head)."""
+    heads, groups = sizes["heads"], sizes["groups"]
+    _expect(groups > 0 and heads % groups == 0, f"{heads} query heads in {groups} groups")
+    return groups, heads // groups, sizes["head_dim"]
+
+
+def _cut(tensor: Tensor, counts: Sequence[int], what: str) -> tuple[Tensor, ...]:
+    _expect_rows(tensor, sum(counts), what)
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return tuple(tensor[end - n : end] for n, end in zip(counts, ends, strict=True))
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.permute(1, 0) if len(tensor.shape) == 2 else tensor
+
+
+def _by_turns(tensor: Tensor, outer: tuple[int, int]) -> Tensor:
+    cut = tensor.unflatten(0, outer)
+    return cut.permute(1, 0, *range(2, len(cut.shape))).flatten(0, 1)
+
+
+def _expect_rows(tensor: Tensor, rows: int, what: str) -> None:
+    found = tensor.shape[0] if tensor.shape else 0
+    _expect(found == rows, f"{what} has {found} rows, {rows} expected by the config")
+
+
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise Mismatch(message)
+
+
+def computes(fuse: Fuse) -> bool:
+    """Whether a fuse rounds: all others only move elements."""
+    return isinstance(fuse, ZeroCentred)
+
+
+def exact_in(dtype: DType) -> str:
+    """Where `ZeroCentred` is exact in a dtype, in words."""
+    return "where 0.5 <= w <= 2" if dtype.name in ("BF16", "F16") else "for weights that have no more bits than that"

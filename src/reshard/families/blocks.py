@@ -1,0 +1,179 @@
+"""What the families share: rows of the common decoder, and facts from a config.
+
+`MODEL` `ATTENTION` `MLP` `MOE` ...   rows, to be put together by a family
+`decoder(config)`                     the facts of a decoder, from the names that most configs use
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from reshard.dialects.fuse import GLU, PADDED, QKV, Fuse, Qkv
+from reshard.dialects.table import Config, Facts, Row
+from reshard.errors import Mismatch
+
+D, L = "decoder.layers.{layer}.", "model.layers.{layer}."
+A, M = D + "self_attention.", D + "mlp."
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+MODEL = (
+    Row("embedding.word_embeddings.weight", "model.embed_tokens.weight", PADDED),
+    Row("decoder.final_layernorm.weight", "model.norm.weight"),
+    Row("output_layer.weight", "lm_head.weight", PADDED, on=("untied",)),
+)
+
+
+def input_norm(hub: str = "input_layernorm", fused: str = "linear_qkv", on: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """The norm before the attention, fused into its first linear; the local spec keeps it apart."""
+    return (
+        Row(f"{A}{fused}.layer_norm_weight", f"{L}{hub}.weight", on=on),
+        Row(f"{D}input_layernorm.weight", f"{L}{hub}.weight", on=on, variant=True),
+    )
+
+
+def mlp_norm(hub: str = "post_attention_layernorm", on: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """The norm before a dense MLP, fused into its first linear; the local spec keeps it apart."""
+    return (
+        Row(f"{M}linear_fc1.layer_norm_weight", f"{L}{hub}.weight", on=on),
+        Row(f"{D}pre_mlp_layernorm.weight", f"{L}{hub}.weight", on=on, variant=True),
+    )
+
+
+def moe_norm(hub: str = "post_attention_layernorm", on: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """The norm before a mixture of experts; models of the local spec save it under the dense MLP's name."""
+    return (
+        Row(f"{D}pre_mlp_layernorm.weight", f"{L}{hub}.weight", on=on),
+        Row(f"{M}linear_fc1.layer_norm_weight", f"{L}{hub}.weight", on=on, variant=True),
+    )
+
+
+def attention(fuse: Fuse = QKV, on: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """Query, key, value and output projections, with the biases that the tags ask for."""
+    q, k, v = (f"{L}self_attn.{name}_proj." for name in "qkv")
+    return (
+        Row(f"{A}linear_qkv.weight", (f"{q}weight", f"{k}weight", f"{v}weight"), fuse, on=on),
+        Row(f"{A}linear_qkv.bias", (f"{q}bias", f"{k}bias", f"{v}bias"), fuse, on=(*on, "qkv_bias")),
+        Row(f"{A}linear_proj.weight", f"{L}self_attn.o_proj.weight", on=on),
+        Row(f"{A}linear_proj.bias", f"{L}self_attn.o_proj.bias", on=(*on, "proj_bias")),
+    )
+
+
+def head_norms(on: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """Norms of queries and keys."""
+    return tuple(Row(f"{A}{x}_layernorm.weight", f"{L}self_attn.{x}_norm.weight", on=on) for x in "qk")
+
+
+def gated_mlp(
+    on: tuple[str, ...] = (), megatron: str = M, hub: str = f"{L}mlp.", names: Sequence[str] = ("gate", "up", "down")
+) -> tuple[Row, ...]:
+    """Gate, up and down projections; `megatron` and `hub` say where they lie."""
+    gate, up, down = (f"{hub}{name}_proj." for name in names)
+    return (
+        Row(f"{megatron}linear_fc1.weight", (f"{gate}weight", f"{up}weight"), GLU, on=on),
+        Row(f"{megatron}linear_fc1.bias", (f"{gate}bias", f"{up}bias"), GLU, on=(*on, "mlp_bias")),
+        Row(f"{megatron}linear_fc2.weight", f"{down}weight", on=on),
+        Row(f"{megatron}linear_fc2.bias", f"{down}bias", on=(*on, "mlp_bias")),
+    )
+
+
+def router(hub: str = "mlp.gate", on: tuple[str, ...] = ("moe",)) -> tuple[Row, ...]:
+    """The router, with the bias that it adds to its scores where there is one."""
+    return (
+        Row(f"{M}router.weight", f"{L}{hub}.weight", on=on),
+        Row(f"{M}router.expert_bias", f"{L}{hub}.e_score_correction_bias", on=(*on, "expert_bias"), dtype="F32"),
+    )
+
+
+def experts(
+    hub: str = "mlp.experts.{expert}.",
+    names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    on: tuple[str, ...] = ("moe",),
+) -> tuple[Row, ...]:
+    """Gated experts, a matrix each on the hub."""
+    gate, up, down = (f"{L}{hub}{name}.weight" for name in names)
+    return (
+        Row(f"{M}experts.linear_fc1.weight{{expert}}", (gate, up), GLU, on=on),
+        Row(f"{M}experts.linear_fc2.weight{{expert}}", down, on=on),
+    )
+
+
+def shared_experts(hub: str = "mlp.shared_experts.", on: tuple[str, ...] = ("moe", "shared")) -> tuple[Row, ...]:
+    """The experts that every token takes."""
+    return gated_mlp(on, megatron=f"{M}shared_experts.", hub=f"{L}{hub}")
+
+
+DENSE = (*MODEL, *input_norm(), *attention(), *mlp_norm(), *gated_mlp())
+"""Llama and what is built like it."""
+
+GATED_QKV = Qkv(gated=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- facts
+
+
+def decoder(
+    config: Config,
+    *,
+    tags: Iterable[str] = (),
+    layers: Callable[[Config], Iterable[Iterable[str]]] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    counts: Mapping[str, int] | None = None,
+    tied: bool = False,
+) -> Facts:
+    """The facts of a decoder, from its config or the `text_config` in it.
+
+    `layers` gives the tags of each layer, all `dense` by default; `tied` is what holds when the config does not say.
+    Raises Mismatch for a config that lacks a size.
+    """
+    text = text_config(config)
+    try:
+        heads = int(text["num_attention_heads"])
+        hidden = int(text["hidden_size"])
+        found = {
+            "hidden": hidden,
+            "vocab": int(text.get("vocab_size") or config["vocab_size"]),
+            "heads": heads,
+            "groups": int(text.get("num_key_value_heads") or heads),
+            "head_dim": int(text.get("head_dim") or hidden // heads),
+        }
+        num_layers = int(text["num_hidden_layers"])
+        kinds = tuple(frozenset(kind) for kind in layers(text)) if layers else (frozenset(("dense",)),) * num_layers
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise Mismatch(f"config.json of a {config.get('model_type')} model lacks a size: {error}") from error
+    if len(kinds) != num_layers:
+        raise Mismatch(f"config.json describes {len(kinds)} layers, num_hidden_layers is {num_layers}")
+    return Facts(found | dict(sizes or {}), kinds, frozenset((*tags, tie_tag(config, tied))), dict(counts or {}))
+
+
+def text_config(config: Config) -> Mapping[str, Any]:
+    """The part of a config that is about the language model."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def tie_tag(config: Config, default: bool = False) -> str:
+    """`tied` or `untied`."""
+    value = config.get("tie_word_embeddings")
+    if value is None:
+        value = text_config(config).get("tie_word_embeddings")
+    return "tied" if (default if value is None else value) else "untied"
+
+
+def bias_tags(
+    config: Config, qkv: str = "attention_bias", proj: str = "attention_bias", mlp: str = "mlp_bias"
+) -> set[str]:
+    """The tags of the biases that a config switches on."""
+    text = text_config(config)
+    pairs = (("qkv_bias", qkv), ("proj_bias", proj), ("mlp_bias", mlp))
+    return {tag for tag, key in pairs if text.get(key)}
+
+
+def num_experts(config: Config) -> int:
+    """How many experts a layer has, whatever the config calls them; 0 without."""
+    text = text_config(config)
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next((int(text[key]) for key in keys if text.get(key)), 0)
