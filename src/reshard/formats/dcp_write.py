@@ -106,10 +106,13 @@ _Named: TypeAlias = tuple[str, Archive, int]
 
 def _archives(entries: Entries) -> Iterator[_Named]:
     """Objects first, as torch's writer sorts them."""
+    written: dict[int, tuple[Archive, int]] = {}  # Megatron has many names for one empty object
     for name, entry in entries.items():
         if isinstance(entry, ByteItem):
-            archive = of_value(entry.value)
-            yield name, archive, archive.nbytes
+            if id(entry) not in written:
+                archive = of_value(entry.value)
+                written[id(entry)] = archive, archive.nbytes
+            yield name, *written[id(entry)]
     laid_out: dict[tuple[DType, Shape], tuple[Archive, int]] = {}
     for name, entry in entries.items():
         if isinstance(entry, Tensor):
@@ -137,11 +140,18 @@ def _file(directory: str, name: str, archives: Sequence[_Named], placed: dict[st
     """One file; adds to `placed` where each entry lies in it."""
     path, offset = _inside(directory, name), 0
     found: list[Segment] = []
+    text = bytearray()  # of objects that hold no data to be filled in: they are many and small, one segment is enough
     for fqn, archive, nbytes in archives:
         placed[fqn] = _Placed(name, offset, nbytes)
-        found += segments(archive, path, len(found))
         offset += nbytes
-    return FilePlan(path, tuple(found), crc32=True)
+        if archive.text is not None:
+            text += archive.text
+            continue
+        if text:
+            found.append(Segment(bytes(text)))
+            text.clear()
+        found += segments(archive, path, len(found))
+    return FilePlan(path, (*found, Segment(bytes(text))) if text else tuple(found), crc32=True)
 
 
 # ------------------------------------------------------------------------------------------------------- metadata

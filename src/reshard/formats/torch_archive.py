@@ -39,6 +39,13 @@ class Archive:
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece in self.pieces)
 
+    @property
+    def text(self) -> bytes | None:
+        """All of it, where no tensor of a model and no data to be filled in are part of it."""
+        constants = [piece.data for piece in self.pieces if isinstance(piece, torch_zip.Constant)]
+        is_whole = len(constants) == len(self.pieces) and not any(name for name, _ in self.storages)
+        return b"".join(constants) if is_whole else None
+
 
 def tensor_ref(name: str, tensor: Tensor, key: str) -> TensorRef:
     """What a pickle says of a whole, contiguous tensor whose storage is `key`. `name` is for messages.
