@@ -160,18 +160,18 @@ def _file(directory: str, name: str, archives: Sequence[_Named], placed: dict[st
 def _metadata(entries: Entries, placed: Mapping[str, _Placed], paths: Mapping[str, KeyPath] | None) -> Any:
     """The Metadata object that torch's planner and writer would leave behind."""
     described = _Described()
-    return _made(
+    return instance(
         _METADATA,
         {
             "state_dict_metadata": {name: described.entry(entry) for name, entry in entries.items()},
             "planner_data": None if paths is None else {name: paths.get(name, (name,)) for name in entries},
             "storage_data": {
-                described.index(name, entries[name]): _made(
+                described.index(name, entries[name]): instance(
                     _INFO, {"relative_path": at.file, "offset": at.offset, "length": at.nbytes}
                 )
                 for name, at in placed.items()
             },
-            "storage_meta": _made(
+            "storage_meta": instance(
                 _STORAGE_META, {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
             ),
             "version": VERSION,
@@ -179,7 +179,7 @@ def _metadata(entries: Entries, placed: Mapping[str, _Placed], paths: Mapping[st
     )
 
 
-def _made(cls: Global, state: object = None) -> Any:
+def instance(cls: Global, state: object = None) -> Any:
     """An instance that a pickle makes without calling its class, and then gives this state."""
     made = cast(Any, cls).__new__(cls)
     if state is not None:
@@ -197,24 +197,24 @@ class _Described:
         self._chunks: dict[Shape, Any] = {}
         self._memory_format = _MEMORY_FORMAT(0)
         self._layout = _LAYOUT("torch.strided")
-        self._bytes = _made(_BYTES)
+        self._bytes = instance(_BYTES)
 
     def entry(self, entry: Tensor | ByteItem) -> Any:
         if isinstance(entry, ByteItem):
             return self._bytes
         size, chunks = self._size(entry.shape), [self._whole(entry.shape)]
-        return _made(_TENSOR, {"properties": self._properties_of(entry.dtype), "size": size, "chunks": chunks})
+        return instance(_TENSOR, {"properties": self._properties_of(entry.dtype), "size": size, "chunks": chunks})
 
     def index(self, name: str, entry: Tensor | ByteItem) -> Any:
         """The key of an entry's place; the index says which of the tensor's chunks it is."""
         if isinstance(entry, ByteItem):
-            return _made(_INDEX, {"fqn": name, "index": None})
-        return _made(_INDEX, {"fqn": name, "index": 0, "offset": self._size((0,) * len(entry.shape))})
+            return instance(_INDEX, {"fqn": name, "index": None})
+        return instance(_INDEX, {"fqn": name, "index": 0, "offset": self._size((0,) * len(entry.shape))})
 
     def _whole(self, shape: Shape) -> Any:
         if shape not in self._chunks:
             offsets = self._size((0,) * len(shape))
-            self._chunks[shape] = _made(_CHUNK, {"offsets": offsets, "sizes": self._size(shape)})
+            self._chunks[shape] = instance(_CHUNK, {"offsets": offsets, "sizes": self._size(shape)})
         return self._chunks[shape]
 
     def _size(self, shape: Shape) -> Size:
@@ -224,5 +224,5 @@ class _Described:
         if kind not in self._properties:
             # dtype, layout, requires_grad, memory format, pin_memory
             state = (TorchDType(kind.torch), self._layout, False, self._memory_format, False)
-            self._properties[kind] = _made(_PROPERTIES, state)
+            self._properties[kind] = instance(_PROPERTIES, state)
         return self._properties[kind]
