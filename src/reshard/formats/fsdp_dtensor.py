@@ -5,9 +5,9 @@
                                                 Megatron-LM, `args`
     RUN/...                                     see `megatron_run.py`
 
-Megatron Bridge leaves what it does not find at random values and says nothing, so a directory is written for a `Target`:
-one family of releases, whose names it keeps to. It has neither `common.pt` nor `metadata.json`, by which it would be
-taken for `torch_dist`.
+Megatron Bridge leaves what it does not find at random values and says nothing, so a directory is written for a
+`Target`: one family of releases, whose names it keeps to. It has neither `common.pt` nor `metadata.json`, by which it
+would be taken for `torch_dist`.
 
 Source: Megatron-LM `training/checkpointing.py` and `core/transformer/fsdp_dtensor_checkpoint.py`, main up to 2026-08-22
 and dev of 2026-04-20; Megatron Bridge 2026-04 to 2026-08.
@@ -90,7 +90,7 @@ TARGETS = {
         ),
         Target(
             "qwen3.5-recipe",
-            "the published Qwen3.5 recipe: Megatron Bridge 7078f18b, Megatron-LM dev 55df4e5b and its fix of split keys",
+            "the published Qwen3.5 recipe: Megatron Bridge 7078f18b, Megatron-LM dev 55df4e5b, fixed for split keys",
             (_PEELED,),
             (_MTP_OLD,),
             (True,),
