@@ -20,8 +20,8 @@ TRAINING_FRAMEWORKS = {
     "torch", "transformers", "accelerate", "deepspeed", "safetensors", "megatron", "nemo", "lightning", "peft",
     "omegaconf",
 }  # fmt: skip
-OPTIONAL = {"zstandard", "huggingface_hub"}
-HEAVY = {"numpy", "ml_dtypes", "msgspec", "xxhash", "rich", "yaml", "zstandard", "huggingface_hub", "asyncio"}
+OPTIONAL = {"zstandard", "huggingface_hub", "numcodecs"}
+HEAVY = {"numpy", "ml_dtypes", "msgspec", "xxhash", "rich", "yaml", "zstandard", "huggingface_hub", "numcodecs", "asyncio"}
 
 
 def name_of(module: Path) -> str:

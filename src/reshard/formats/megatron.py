@@ -29,7 +29,7 @@ from typing import Any
 from reshard.core.checkpoint import Checkpoint
 from reshard.core.tensor import Tensor
 from reshard.errors import NotFound, Unsupported, listed
-from reshard.formats import dcp, megatron_settings, torch_save
+from reshard.formats import dcp, megatron_settings, torch_save, zarr
 from reshard.formats.megatron_directory import FSDP_DTENSOR, TORCH_DIST, ZARR, Located, locate
 from reshard.formats.megatron_settings import Settings
 from reshard.storage.unpickle import Inert, Rebuilt, TensorRef
@@ -82,6 +82,8 @@ def open_located(located: Located, *, verify: bool = False) -> MegatronCheckpoin
     match located.format:
         case "torch_dist" | "fsdp_dtensor":
             opened = _of_dcp(located, verify)
+        case "zarr":
+            opened = _of_zarr(located)
         case other:
             raise Unsupported(f"{located.weights}: Megatron's {other} is not read")
     _check_unquantized(opened)
@@ -106,6 +108,17 @@ def _of_dcp(located: Located, verify: bool) -> MegatronCheckpoint:
     checkpoint = dcp.open(located.weights, verify=verify, is_wanted=is_wanted)
     common = _common(located) | _common_of_objects(checkpoint.objects)
     return _of_entries(located, checkpoint, common, read)
+
+
+def _of_zarr(located: Located) -> MegatronCheckpoint:
+    names: list[str] = []
+
+    def is_wanted(name: str) -> bool:
+        names.append(name)
+        return kind(name, ZARR) not in ("optimizer", "rng_state")
+
+    checkpoint = zarr.open(located.weights, is_wanted=is_wanted)
+    return _of_entries(located, checkpoint, _common(located), names)
 
 
 def _of_entries(
@@ -229,12 +242,11 @@ def _writer(located: Located, settings: Settings, names: Iterable[str]) -> str:
     """Who wrote it; slime is known by its arguments or by the modules that only it has, NeMo by its prefixes."""
     if located.writer != "Megatron-LM":
         return located.writer
+    names = list(names)
     if settings.values.get("rollout_function_path") is not None or any(".linear_attn." in name for name in names):
         return "slime"
-    if located.format in (TORCH_DIST, ZARR):
-        first = {name.partition(".")[0] for name in names}
-        return "NeMo 2" if first == {"module"} else "NeMo 1" if first == {"model"} else located.writer
-    return located.writer
+    first = {name.partition(".")[0] for name in names} if located.format in (TORCH_DIST, ZARR) else set()
+    return {"module": "NeMo 2", "model": "NeMo 1"}.get(first.pop(), "Megatron-LM") if len(first) == 1 else "Megatron-LM"
 
 
 # -------------------------------------------------------------------------------------------------- optimizer, FP8
