@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from reshard.dialects.fuse import GLU, PADDED, QKV, Fuse, Qkv
-from reshard.dialects.table import Config, Facts, Row
+from reshard.dialects.table import Config, Copy, Facts, Row, as_mtp
 from reshard.errors import Mismatch
 
 D, L = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -80,11 +80,12 @@ def gated_mlp(
     )
 
 
-def router(hub: str = "mlp.gate", on: tuple[str, ...] = ("moe",)) -> tuple[Row, ...]:
-    """The router, with the bias that it adds to its scores where there is one."""
+def router(hub: str = "mlp.gate", on: tuple[str, ...] = ("moe",), bias: str = "") -> tuple[Row, ...]:
+    """The router, with the bias that it adds to its scores where there is one (`bias` on the hub)."""
+    bias = bias or f"{hub}.e_score_correction_bias"
     return (
         Row(f"{M}router.weight", f"{L}{hub}.weight", on=on),
-        Row(f"{M}router.expert_bias", f"{L}{hub}.e_score_correction_bias", on=(*on, "expert_bias"), dtype="F32"),
+        Row(f"{M}router.expert_bias", f"{L}{bias}", on=(*on, "expert_bias"), dtype="F32"),
     )
 
 
@@ -105,6 +106,22 @@ def shared_experts(hub: str = "mlp.shared_experts.", on: tuple[str, ...] = ("moe
     """The experts that every token takes."""
     return gated_mlp(on, megatron=f"{M}shared_experts.", hub=f"{L}{hub}")
 
+
+def mtp_layer(rows: Iterable[Row], kinds: Sequence[str] = ("moe",), norm: str = "shared_head.norm") -> tuple[Row, ...]:
+    """A multi-token-prediction layer that the hub counts on behind the decoder's, its block like a layer of `kinds`."""
+    megatron, hub = "mtp.layers.{mtp}.", "model.layers.{mtp_layer}."
+    return (
+        *(Row(f"{megatron}{x}.weight", f"{hub}{x}.weight", on=("mtp",)) for x in ("enorm", "hnorm", "eh_proj")),
+        Row(f"{megatron}final_layernorm.weight", f"{hub}{norm}.weight", on=("mtp",)),
+        *as_mtp(rows, kinds),
+    )
+
+
+MTP_COPIES = (
+    Copy("model.layers.{mtp_layer}.embed_tokens.weight", "model.embed_tokens.weight", on=("mtp",), always=True),
+    Copy("model.layers.{mtp_layer}.shared_head.head.weight", "lm_head.weight", on=("mtp", "untied"), always=True),
+)
+"""What the layer of `mtp_layer` shares with the model: repeated on the hub."""
 
 DENSE = (*MODEL, *input_norm(), *attention(), *mlp_norm(), *gated_mlp())
 """Llama and what is built like it."""
@@ -149,6 +166,15 @@ def decoder(
     return Facts(found | dict(sizes or {}), kinds, frozenset((*tags, tie_tag(config, tied))), dict(counts or {}))
 
 
+def required(config: Mapping[str, Any], *keys: str) -> tuple[int, ...]:
+    """These sizes of a config. Raises Mismatch naming the key that is missing or not a whole number above 0."""
+    for key in keys:
+        value = config.get(key)
+        if type(value) is not int or value <= 0:
+            raise Mismatch(f"config.json of a {config.get('model_type')} model: {key} is {value!r}, a size expected")
+    return tuple(int(config[key]) for key in keys)
+
+
 def text_config(config: Config) -> Mapping[str, Any]:
     """The part of a config that is about the language model."""
     text = config.get("text_config")
@@ -173,7 +199,36 @@ def bias_tags(
 
 
 def num_experts(config: Config) -> int:
-    """How many experts a layer has, whatever the config calls them; 0 without."""
+    """How many experts a layer has, whatever the config calls them; 0 without.
+
+    `n_routed_experts` comes first: some releases of transformers write a `num_experts` of their own beside it.
+    """
     text = text_config(config)
-    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    keys = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+    return next((int(text[key]) for key in keys if text.get(key)), 0)
+
+
+def expert_count(config: Config) -> dict[str, int]:
+    """The count of experts of a model that must have some. Raises Mismatch when the config names none."""
+    count = num_experts(config)
+    if not count:
+        raise Mismatch(f"config.json of a {config.get('model_type')} model does not say how many experts it has")
+    return {"expert": count}
+
+
+def dense_first(text: Mapping[str, Any]) -> Iterator[tuple[str]]:
+    """Layers as `mlp_layer_types` lists them, or `first_k_dense_replace` dense ones and mixtures of experts then."""
+    kinds = text.get("mlp_layer_types")
+    if kinds is not None:
+        yield from (("moe",) if kind == "sparse" else ("dense",) for kind in kinds)
+        return
+    first, step = text["first_k_dense_replace"], text.get("moe_layer_freq") or 1
+    for layer in range(text["num_hidden_layers"]):
+        yield ("moe",) if layer >= first and layer % step == 0 else ("dense",)
+
+
+def num_mtp(config: Config) -> int:
+    """How many multi-token-prediction layers a model has."""
+    text = text_config(config)
+    keys = ("num_nextn_predict_layers", "num_mtp_layers")
     return next((int(text[key]) for key in keys if text.get(key)), 0)

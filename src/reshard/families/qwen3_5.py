@@ -1,0 +1,64 @@
+"""Qwen3.5, dense and with experts, alone and with its vision tower.
+
+Checked: configs of Qwen3.5 and Qwen3.6 in both forms, with the experts of a layer packed or single. The model that
+predicts a second token lies under `mtp.` on the hub, beside the text model and not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from reshard.dialects.fuse import Rows
+from reshard.dialects.table import Config, Copy, Facts, Family, under
+from reshard.families import vision
+from reshard.families.gated_delta_net import facts, in_proj, model, unfused
+
+_HUB = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+_FLAT = Rows(("key_rows+key_rows+value_rows", "value_rows", "value_heads", "value_heads"))
+_IN_PROJ = (in_proj(_HUB, _FLAT), *unfused(*_HUB))
+_DENSE, _MOE = model(_IN_PROJ, "dense"), model(_IN_PROJ, "moe")
+_SETTINGS = (
+    ("attention_output_gate", True),
+    ("experimental_attention_variant", "gated_delta_net"),
+    ("layernorm_zero_centered_gamma", True),
+    ("qk_layernorm", True),
+)
+
+
+def _with_vision(config: Config) -> Facts:
+    text = facts(config)
+    return replace(
+        text,
+        tags=text.tags | {"vision"},
+        sizes={**text.sizes, **vision.sizes(config)},
+        counts={**text.counts, **vision.counts(config)},
+    )
+
+
+def _family(name: str, architecture: str, mlp: str) -> tuple[Family, Family]:
+    rows = _MOE if mlp == "moe" else _DENSE
+    settings = (*_SETTINGS, ("moe_shared_expert_gate", True)) if mlp == "moe" else _SETTINGS
+    text = Family(
+        f"{name}_text",
+        (f"{name}_text",),
+        (f"{architecture}ForCausalLM",),
+        rows,
+        facts,
+        copies=(Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),),
+        stacked=False,
+        settings=settings,
+        verified="Megatron-Bridge import, bit for bit",
+    )
+    whole = replace(
+        text,
+        name=name,
+        model_types=(name,),
+        architectures=(f"{architecture}ForConditionalGeneration",),
+        rows=(*under(rows, "language_model.", {"model.": "model.language_model."}), *vision.VISION),
+        facts=_with_vision,
+        copies=(Copy("lm_head.weight", "model.language_model.embed_tokens.weight", on=("tied",)),),
+    )
+    return text, whole
+
+
+FAMILIES = (*_family("qwen3_5", "Qwen3_5", "dense"), *_family("qwen3_5_moe", "Qwen3_5Moe", "moe"))

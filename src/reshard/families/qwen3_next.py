@@ -1,0 +1,35 @@
+"""Qwen3-Next: gated delta nets, gated attention every fourth layer, experts with a shared one.
+
+Checked: Qwen3-Next 80B-A3B. Its config does not mention the layer that predicts a second token, which its files hold.
+"""
+
+from __future__ import annotations
+
+from reshard.dialects.fuse import Interleaved
+from reshard.dialects.table import Copy, Family
+from reshard.families.gated_delta_net import facts, in_proj, model, unfused
+
+_HUB = ("in_proj_qkvz", "in_proj_ba")
+_BY_KEY_HEAD = Interleaved(
+    "key_heads", (("key_rows", "key_rows", "value_rows", "value_rows"), ("value_heads", "value_heads"))
+)
+
+FAMILIES = (
+    Family(
+        "qwen3_next",
+        ("qwen3_next",),
+        ("Qwen3NextForCausalLM",),
+        model((in_proj(_HUB, _BY_KEY_HEAD), *unfused(*_HUB)), "moe"),
+        facts,
+        copies=(Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),),
+        stacked=False,
+        settings=(
+            ("attention_output_gate", True),
+            ("experimental_attention_variant", "gated_delta_net"),
+            ("layernorm_zero_centered_gamma", True),
+            ("moe_shared_expert_gate", True),
+            ("qk_layernorm", True),
+        ),
+        verified="Megatron-Bridge import, bit for bit",
+    ),
+)
