@@ -19,7 +19,7 @@ from typing import Protocol
 
 from reshard.core.compute import shift
 from reshard.core.dtypes import DType
-from reshard.core.tensor import Filled, Tensor, concat
+from reshard.core.tensor import Filled, Tensor, concat, unsqueeze
 from reshard.errors import Mismatch
 
 Sizes = Mapping[str, int]
@@ -51,15 +51,25 @@ class Same:
 class Glu:
     """[gate; up]: two halves of equal rows."""
 
+    packed: bool = False
+    """Whether the hub has them in one tensor too, the same one."""
+
     def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        if self.packed:
+            self._half(parts[0])
+            return parts[0]
         gate, up = parts
         _expect(gate.shape == up.shape, f"gate {list(gate.shape)} and up {list(up.shape)} are not alike")
         return concat([gate, up], 0)
 
     def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        half = self._half(tensor)
+        return (tensor,) if self.packed else (tensor[:half], tensor[half:])
+
+    @staticmethod
+    def _half(tensor: Tensor) -> int:
         _expect(tensor.shape[0] % 2 == 0, f"{tensor.shape[0]} rows are not those of a gate and an up projection")
-        half = tensor.shape[0] // 2
-        return tensor[:half], tensor[half:]
+        return tensor.shape[0] // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +201,20 @@ class Transposed:
 
     def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
         return (_transposed(tensor),)
+
+
+@dataclass(frozen=True, slots=True)
+class OneRow:
+    """A vector in the dialect, a matrix of one row on the hub."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        _expect(
+            len(parts[0].shape) == 2 and parts[0].shape[0] == 1, f"{list(parts[0].shape)} is not a matrix of one row"
+        )
+        return parts[0][0]
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        return (unsqueeze(tensor, 0),)
 
 
 @dataclass(frozen=True, slots=True)

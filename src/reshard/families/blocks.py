@@ -80,6 +80,23 @@ def gated_mlp(
     )
 
 
+def plain_mlp(up: str = "up_proj", down: str = "down_proj") -> tuple[Row, ...]:
+    """The two projections of an MLP without a gate."""
+    names = (("linear_fc1", up), ("linear_fc2", down))
+    return tuple(
+        Row(f"{M}{ours}.{kind}", f"{L}mlp.{theirs}.{kind}", on=on)
+        for ours, theirs in names
+        for kind, on in (("weight", ()), ("bias", ("mlp_bias",)))
+    )
+
+
+def copied(
+    megatron: str, hub: str, names: Iterable[str], on: tuple[str, ...] = (), variant: bool = False
+) -> tuple[Row, ...]:
+    """Tensors that have one name in Megatron and on the hub, but for the prefix."""
+    return tuple(Row(megatron + name, hub + name, on=on, variant=variant) for name in names)
+
+
 def router(hub: str = "mlp.gate", on: tuple[str, ...] = ("moe",), bias: str = "") -> tuple[Row, ...]:
     """The router, with the bias that it adds to its scores where there is one (`bias` on the hub)."""
     bias = bias or f"{hub}.e_score_correction_bias"
@@ -122,6 +139,18 @@ MTP_COPIES = (
     Copy("model.layers.{mtp_layer}.shared_head.head.weight", "lm_head.weight", on=("mtp", "untied"), always=True),
 )
 """What the layer of `mtp_layer` shares with the model: repeated on the hub."""
+
+NORM_BIASES = (
+    Row(f"{A}linear_qkv.layer_norm_bias", f"{L}input_layernorm.bias"),
+    Row(f"{M}linear_fc1.layer_norm_bias", f"{L}post_attention_layernorm.bias"),
+    Row("decoder.final_layernorm.bias", "model.norm.bias"),
+    Row(f"{D}input_layernorm.bias", f"{L}input_layernorm.bias", variant=True),
+    Row(f"{D}pre_mlp_layernorm.bias", f"{L}post_attention_layernorm.bias", variant=True),
+)
+"""The biases of LayerNorms."""
+
+TIED_HEAD = (Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),)
+"""A head that repeats the embedding, where a checkpoint has it."""
 
 DENSE = (*MODEL, *input_norm(), *attention(), *mlp_norm(), *gated_mlp())
 """Llama and what is built like it."""

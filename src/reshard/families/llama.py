@@ -1,12 +1,13 @@
 """Llama and the families that are built like it.
 
-Checked: Llama 2, 3 and 3.1 configs, Mistral 7B, Qwen2 and Qwen2.5, Qwen3 dense.
+Checked: Llama 1, 2, 3, 3.1 and 3.2, Yi 1.5, DeepSeek-LLM 7B and R1-Distill, Mistral 7B and Nemo, Ministral 8B,
+Qwen2 and Qwen2.5, Qwen3 dense, Seed-OSS 36B, ERNIE 4.5 0.3B.
 """
 
 from __future__ import annotations
 
 from reshard.dialects.table import Config, Facts, Family
-from reshard.families.blocks import DENSE, bias_tags, decoder, head_norms
+from reshard.families.blocks import DENSE, TIED_HEAD, bias_tags, decoder, head_norms
 
 
 def _llama(config: Config) -> Facts:
@@ -21,11 +22,70 @@ def _qwen2(config: Config) -> Facts:
     return decoder(config, tags=("qkv_bias",))
 
 
+def _seed_oss(config: Config) -> Facts:
+    return decoder(config, tags=bias_tags(config, proj="attention_out_bias"))
+
+
+def _ernie(config: Config) -> Facts:
+    return decoder(config, tags=bias_tags(config, "use_bias", "use_bias", "use_bias"), tied=True)
+
+
 FAMILIES = (
-    Family("llama", ("llama",), ("LlamaForCausalLM",), DENSE, _llama),
-    Family("mistral", ("mistral", "ministral"), ("MistralForCausalLM", "MinistralForCausalLM"), DENSE, _mistral),
-    Family("qwen2", ("qwen2",), ("Qwen2ForCausalLM",), DENSE, _qwen2, settings=(("add_qkv_bias", True),)),
     Family(
-        "qwen3", ("qwen3",), ("Qwen3ForCausalLM",), (*DENSE, *head_norms()), _llama, settings=(("qk_layernorm", True),)
+        "llama",
+        ("llama",),
+        ("LlamaForCausalLM", "LLaMAForCausalLM"),
+        DENSE,
+        _llama,
+        copies=TIED_HEAD,
+        verified="Megatron-LM 0.11 to 0.20 and Megatron-Bridge, bit for bit",
+    ),
+    Family(
+        "mistral",
+        ("mistral", "ministral", "ministral3"),
+        ("MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM"),
+        DENSE,
+        _mistral,
+        copies=TIED_HEAD,
+        verified="Megatron-Bridge import, bit for bit",
+    ),
+    Family(
+        "qwen2",
+        ("qwen2",),
+        ("Qwen2ForCausalLM",),
+        DENSE,
+        _qwen2,
+        copies=TIED_HEAD,
+        settings=(("add_qkv_bias", True),),
+        verified="Megatron-Bridge import, bit for bit",
+    ),
+    Family(
+        "qwen3",
+        ("qwen3",),
+        ("Qwen3ForCausalLM",),
+        (*DENSE, *head_norms()),
+        _llama,
+        copies=TIED_HEAD,
+        settings=(("qk_layernorm", True),),
+        verified="Megatron-Bridge import, bit for bit",
+    ),
+    Family(
+        "seed_oss",
+        ("seed_oss",),
+        ("SeedOssForCausalLM",),
+        DENSE,
+        _seed_oss,
+        copies=TIED_HEAD,
+        verified="names of Megatron-LM's own modules only",
+    ),
+    Family(
+        "ernie4_5",
+        ("ernie4_5",),
+        ("Ernie4_5ForCausalLM",),
+        DENSE,
+        _ernie,
+        copies=TIED_HEAD,
+        settings=(("rotary_interleaved", True),),
+        verified="names of mcore-bridge only",
     ),
 )

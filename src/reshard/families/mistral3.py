@@ -1,0 +1,58 @@
+"""Mistral Small 3.1 and 3.2 and Ministral 3: a Mistral with a Pixtral tower, which Megatron-Bridge keeps as it is.
+
+Checked: Mistral Small 3.1 24B, Ministral 3 3B, 8B and 14B in bfloat16.
+"""
+
+from __future__ import annotations
+
+from reshard.dialects.table import Config, Copy, Facts, Family, under
+from reshard.errors import Mismatch
+from reshard.families.blocks import DENSE, copied, decoder
+
+_PIXTRAL = (
+    "patch_conv.weight",
+    "ln_pre.weight",
+    *(
+        f"transformer.layers.{{block}}.{module}.weight"
+        for module in (
+            "attention_norm",
+            *(f"attention.{name}_proj" for name in "qkvo"),
+            "ffn_norm",
+            *(f"feed_forward.{name}_proj" for name in ("gate", "up", "down")),
+        )
+    ),
+)
+_PROJECTOR = ("norm.weight", "patch_merger.merging_layer.weight", "linear_1.weight", "linear_2.weight")
+_VISION = (
+    *copied("vision_tower.", "vision_tower.", _PIXTRAL, on=("vision",)),
+    *copied("multi_modal_projector.", "multi_modal_projector.", _PROJECTOR, on=("vision",)),
+    *copied(
+        "multi_modal_projector.",
+        "multi_modal_projector.",
+        ("linear_1.bias", "linear_2.bias"),
+        on=("vision", "projector_bias"),
+    ),
+)
+
+
+def _facts(config: Config) -> Facts:
+    vision = config.get("vision_config")
+    try:
+        blocks = int(vision["num_hidden_layers"])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Mismatch(f"config.json of a mistral3 model lacks vision_config.num_hidden_layers: {error}") from error
+    tags = ("vision", "projector_bias") if config.get("multimodal_projector_bias") else ("vision",)
+    return decoder(config, tags=tags, counts={"block": blocks})
+
+
+FAMILIES = (
+    Family(
+        "mistral3",
+        ("mistral3",),
+        ("Mistral3ForConditionalGeneration",),
+        (*under(DENSE, "language_model.", {"": "language_model."}), *_VISION),
+        _facts,
+        copies=(Copy("language_model.lm_head.weight", "language_model.model.embed_tokens.weight", on=("tied",)),),
+        verified="names of Megatron-Bridge only",
+    ),
+)

@@ -1,0 +1,41 @@
+"""Nemotron: LayerNorms of 1 + w with biases, squared ReLU without a gate.
+
+Checked: Minitron 4B and 8B, Nemotron 3 8B, Nemotron-4 15B and 340B.
+"""
+
+from __future__ import annotations
+
+from reshard.dialects.table import Config, Facts, Family
+from reshard.families.blocks import (
+    MODEL,
+    NORM_BIASES,
+    TIED_HEAD,
+    attention,
+    bias_tags,
+    decoder,
+    input_norm,
+    mlp_norm,
+    plain_mlp,
+)
+
+
+def _facts(config: Config) -> Facts:
+    return decoder(config, tags=bias_tags(config))
+
+
+FAMILIES = (
+    Family(
+        "nemotron",
+        ("nemotron",),
+        ("NemotronForCausalLM",),
+        (*MODEL, *input_norm(), *attention(), *mlp_norm(), *plain_mlp(), *NORM_BIASES),
+        _facts,
+        copies=TIED_HEAD,
+        settings=(
+            ("normalization", "LayerNorm"),
+            ("layernorm_zero_centered_gamma", True),
+            ("gated_linear_unit", False),
+        ),
+        verified="Megatron-Bridge import, bit for bit",
+    ),
+)

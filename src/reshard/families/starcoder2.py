@@ -1,0 +1,38 @@
+"""StarCoder2: LayerNorms and biases everywhere, an MLP without a gate.
+
+Checked: StarCoder2 3B, 7B and 15B.
+"""
+
+from __future__ import annotations
+
+from reshard.dialects.table import Config, Facts, Family
+from reshard.families.blocks import (
+    MODEL,
+    NORM_BIASES,
+    TIED_HEAD,
+    attention,
+    bias_tags,
+    decoder,
+    input_norm,
+    mlp_norm,
+    plain_mlp,
+)
+
+
+def _facts(config: Config) -> Facts:
+    biased = {"use_bias": True, **config}
+    return decoder(config, tags=bias_tags(biased, "use_bias", "use_bias", "use_bias"), tied=True)
+
+
+FAMILIES = (
+    Family(
+        "starcoder2",
+        ("starcoder2",),
+        ("Starcoder2ForCausalLM",),
+        (*MODEL, *input_norm(), *attention(), *mlp_norm(), *plain_mlp("c_fc", "c_proj"), *NORM_BIASES),
+        _facts,
+        copies=TIED_HEAD,
+        settings=(("normalization", "LayerNorm"), ("gated_linear_unit", False), ("add_bias_linear", True)),
+        verified="names of NeMo 2 only",
+    ),
+)
