@@ -23,9 +23,17 @@ from reshard.version import __version__
 VERBS = {
     "inspect": "say what a checkpoint is, whether it is whole, and what to type next",
     "merge": "turn shards into a whole model: a HuggingFace directory, .safetensors or .ckpt",
+    "convert": "from HuggingFace to Megatron, back, and from one Megatron format to another",
     "average": "write the mean of checkpoints, straight from their shards",
     "verify": "prove that an output is what was written, or what its source says",
+    "families": "list the model families that convert knows",
+    "import": "convert, as Megatron-Bridge spells it: HuggingFace to Megatron",
+    "export": "convert, as Megatron-Bridge spells it: Megatron to HuggingFace",
 }
+
+
+_MODULES = {"import": "bridge_import", "export": "bridge_export"}
+"""Of verbs whose name no module can have, and of their opposite."""
 
 
 def console() -> NoReturn:
@@ -82,7 +90,7 @@ def _dispatch(words: list[str]) -> int:
     verb = words[0]
     if verb not in VERBS:
         raise ReshardError(f"unknown option {verb}", hint="see reshard --help")
-    module = import_module(f"reshard.cli.{verb}")
+    module = import_module(f"reshard.cli.{_MODULES.get(verb, verb)}")
     parser = Parser(
         prog=f"reshard {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -130,6 +138,8 @@ verbs:
 examples:
   reshard merge output/checkpoint-500 model/ --base meta-llama/Llama-3.1-8B
   reshard merge config.yml --output-path ./merged_model
+  reshard convert Qwen/Qwen3-8B megatron/ --to torch_dist --tp 2
+  reshard convert megatron/ model/ --to hf --hf-model Qwen/Qwen3-8B
   reshard average run/checkpoint-* --output soup/ --dtype bfloat16
   reshard verify model/ --against output/checkpoint-500
 

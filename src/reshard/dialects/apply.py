@@ -6,11 +6,11 @@ wrong shape are one error that lists them all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from reshard.core.tensor import Tensor, stack, unsqueeze
-from reshard.dialects.fuse import Fuse
+from reshard.dialects.fuse import Fuse, Padded
 from reshard.dialects.table import Entry, Facts, Family, copies, entries, variants
 from reshard.errors import Incomplete, InputError, Mismatch, listed
 
@@ -109,3 +109,52 @@ def _check_names(what: str, found: Iterable[str], known: set[str], wanted: set[s
             f"{len(missing)} tensors of the {family.name} model are missing: {listed(missing)}",
             hint="is every shard file there, and does config.json belong to these weights?",
         )
+
+
+def canonical(megatron: Mapping[str, Tensor], family: Family, facts: Facts) -> dict[str, Named]:
+    """Tensors under the table's own names, whatever variants they came by: Megatron to Megatron, nothing computed.
+
+    Raises as `to_hub` does.
+    """
+    table = {entry.megatron: entry for entry in entries(family, facts)}
+    if set(megatron) == set(table):
+        return {name: Named(entry, _refitted(entry, megatron[name], facts)) for name, entry in table.items()}
+    others = variants(family, facts)
+    by_hub = {entry.hub + (str(entry.index),): entry for entry in table.values()}
+    direct: dict[str, Named] = {}
+    for name, tensor in megatron.items():
+        entry = table.get(name) or by_hub.get(_hub_key(others.get(name)))
+        if entry is not None and entry.megatron not in direct:
+            direct[entry.megatron] = Named(entry, _refitted(entry, tensor, facts))
+    lacking = {name: entry for name, entry in table.items() if name not in direct}
+    hub = to_hub(megatron, family, facts) if lacking or len(direct) < len(megatron) else {}
+    return direct | {name: Named(entry, _joined(entry, hub, facts)) for name, entry in lacking.items()}
+
+
+def _hub_key(entry: Entry | None) -> tuple[str, ...]:
+    return () if entry is None else (*entry.hub, str(entry.index))
+
+
+def _refitted(entry: Entry, tensor: Tensor, facts: Facts) -> Tensor:
+    """The tensor with the padding that the facts ask for."""
+    if not isinstance(entry.row.fuse, Padded):
+        return tensor
+    return entry.row.fuse.join(_split(entry.row.fuse, tensor, facts, entry.megatron), facts.sizes)
+
+
+def present(names: Collection[str], family: Family, facts: Facts, *, on_hub: bool) -> tuple[Facts, list[str]]:
+    """The facts without the optional parts (MTP, vision) that a checkpoint has nothing of, and those parts."""
+    absent = []
+    for part in OPTIONAL:
+        theirs = [entry for entry in entries(family, facts) if part in entry.row.on]
+        if (
+            part in facts.tags
+            and theirs
+            and not any(n in names for e in theirs for n in (e.hub if on_hub else (e.megatron,)))
+        ):
+            absent.append(part)
+    return facts.without(*absent), absent
+
+
+OPTIONAL = ("mtp", "vision")
+"""Tags of parts that a checkpoint of a model may leave out altogether."""

@@ -32,11 +32,12 @@ _ID = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>\w[\w./-]*
 _HINT = "--base DIR names a directory with config.json and the tokenizer files"
 
 
-def resolve(reference: str) -> Path:
+def resolve(reference: str, *, weights: bool = False) -> Path:
     """The directory that `reference` means: a path, or a hub id `org/name` or `org/name@revision`.
 
     A hub id is looked up in the local cache and then, where huggingface_hub is installed and HF_HUB_OFFLINE is not
-    set, fetched: config, tokenizer and processor files only, never weights. Raises NotFound.
+    set, fetched: config, tokenizer and processor files, and the safetensors only where the `weights` are wanted.
+    Raises NotFound.
     """
     path = Path(reference).expanduser()
     if path.is_dir():
@@ -45,7 +46,7 @@ def resolve(reference: str) -> Path:
     if match is None or ".." in reference:
         raise NotFound(f"{reference}: no such directory", hint=_HINT)
     name, revision = match["name"], match["revision"] or "main"
-    return _cached(name, revision) or _fetched(name, revision)
+    return _cached(name, revision, weights) or _fetched(name, revision, weights)
 
 
 def cache_directory() -> Path:
@@ -65,15 +66,17 @@ def is_offline() -> bool:
     )
 
 
-def _cached(name: str, revision: str) -> Path | None:
+def _cached(name: str, revision: str, weights: bool) -> Path | None:
     repository = cache_directory() / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / revision
     commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
     snapshot = repository / "snapshots" / commit
-    return snapshot if re.fullmatch(r"\w[\w.-]*", commit) and (snapshot / "config.json").is_file() else None
+    if not re.fullmatch(r"\w[\w.-]*", commit) or not (snapshot / "config.json").is_file():
+        return None
+    return snapshot if not weights or any(snapshot.glob("*.safetensors")) else None
 
 
-def _fetched(name: str, revision: str) -> Path:
+def _fetched(name: str, revision: str, weights: bool) -> Path:
     where = f"{name}@{revision}" if revision != "main" else name
     if is_offline():
         raise NotFound(
@@ -91,8 +94,8 @@ def _fetched(name: str, revision: str) -> Path:
             name,
             revision=revision,
             cache_dir=cache_directory(),
-            allow_patterns=list(FETCHED),
-            ignore_patterns=list(NOT_FETCHED),
+            allow_patterns=[*FETCHED, *(("*.safetensors",) if weights else ())],
+            ignore_patterns=[pattern for pattern in NOT_FETCHED if not (weights and pattern == "*.index.json")],
         )
     except Exception as error:  # the library's own, its HTTP client's and the system's have no common base
         reason = str(error).strip().partition("\n")[0]

@@ -1,0 +1,87 @@
+"""Convert a model from one format and dialect to another, and prove it.
+
+SRC   a HuggingFace directory or hub id, a run that merges to one, or a Megatron checkpoint (torch_dist, fsdp_dtensor,
+      zarr, mp_rank_*): the run, iter_NNNNNNN or the directory of the weights
+OUT   a directory
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from reshard.cli import options, output
+from reshard.cli.report import show_plan, show_result, talk
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("output", metavar="OUT")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="hf, torch_dist or fsdp_dtensor")
+    parser.add_argument(
+        "--hf-model", metavar="DIR_OR_HUB_ID", help="names, dtypes, config and tokenizer come from there, never a value"
+    )
+    parser.add_argument("--dtype", metavar="DTYPE", help="of floating-point tensors (default: the model's)")
+    parser.add_argument("--not-strict", action="store_true", help="write what there is, though tensors are missing")
+    add_mesh(parser)
+    add_more(parser)
+    options.add_run(parser)
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Sizes of the mesh that will load the output: its files are the same for each, and say which it is meant for."""
+    group = parser.add_argument_group("the mesh that Megatron will load it on (any other does too)")
+    for axis, what in (("tp", "tensor"), ("pp", "pipeline"), ("cp", "context"), ("ep", "expert")):
+        group.add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"{what} parallel ranks")
+
+
+def add_more(parser: argparse.ArgumentParser) -> None:
+    """What both spellings of a conversion have."""
+    group = parser.add_argument_group("what is read and written")
+    group.add_argument("--target", default="bridge", metavar="LOADER", help="whose loader fsdp_dtensor is written for: "
+                       "bridge, bridge-main, megatron-lm, qwen3.5-recipe or any")  # fmt: skip
+    group.add_argument(
+        "--iteration", type=int, metavar="N", help="of a Megatron run (default: the newest complete one)"
+    )
+    group.add_argument(
+        "--make-vocab-size-divisible-by", type=int, metavar="N", help="pad the vocabulary to a multiple of N*tp"
+    )
+    group.add_argument("--max-shard-size", metavar="SIZE", help="of the files written, as in 5GB")
+    group.add_argument(
+        "--save-tokenizer", action=argparse.BooleanOptionalAction, default=True, help="carry tokenizer files"
+    )
+
+
+def chosen(args: argparse.Namespace, to: str, dtype: str | None, hf_model: str | None) -> dict[str, Any]:
+    """The fields of `ops.convert.Options`."""
+    return {
+        "to": to, "dtype": dtype, "hf_model": hf_model, "target": args.target, "iteration": args.iteration,
+        "tp": args.tp, "pp": args.pp, "cp": args.cp, "ep": args.ep, "strict": not getattr(args, "not_strict", False),
+        "vocab_divisor": args.make_vocab_size_divisible_by, "max_shard_size": args.max_shard_size,
+        "save_tokenizer": args.save_tokenizer, "verify": args.verify,
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    return write(
+        args, args.source, args.output, chosen(args, args.to.replace("huggingface", "hf"), args.dtype, args.hf_model)
+    )
+
+
+def write(args: argparse.Namespace, source: str, target: str, fields: dict[str, Any]) -> int:
+    """Prepare, say what the user should know, and carry it out."""
+    from reshard.ops.convert import Options, prepare
+    from reshard.ops.merge import carry_out
+
+    destination = Path(target)
+    prepared = prepare(source, destination, Options(**fields))
+    if args.dry_run:
+        return show_plan(args, prepared, destination)
+    talk(args, prepared.notices)
+    with output.progress(prepared.plan.nbytes, "converting", args.quiet) as progress:
+        converted = carry_out(
+            prepared, destination, force=args.force, threads=args.threads, block_nbytes=options.block_nbytes(args),
+            progress=progress,
+        )  # fmt: skip
+    return show_result(args, converted)

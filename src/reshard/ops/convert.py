@@ -1,0 +1,455 @@
+"""convert: a model from one format and dialect to another.
+
+    HuggingFace -> hub names -> (family's table) -> Megatron's names -> (layout) -> names on disk -> plan
+    Megatron    -> names on disk -> Megatron's names -> (the same table) -> hub names -> plan
+
+`prepare` is all of it up to the plan, from headers; `merge.carry_out` carries the plan out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from reshard.core.checkpoint import Checkpoint, same_bytes
+from reshard.core.compute import cast
+from reshard.core.dtypes import DType, dtype
+from reshard.core.tensor import Tensor
+from reshard.dialects import apply, megatron, packing
+from reshard.dialects.apply import Named
+from reshard.dialects.fuse import computes
+from reshard.dialects.table import Facts, Family, copies, entries
+from reshard.errors import Corrupt, InputError, Mismatch, NotFound, Unsupported, listed
+from reshard.formats import fsdp_dtensor, huggingface, torch_dist
+from reshard.formats.fsdp_dtensor import TARGETS, target_named
+from reshard.formats.megatron import MegatronCheckpoint, locate, open_located
+from reshard.ops import reference as references
+from reshard.ops.config import reconcile
+from reshard.ops.family import by_config, choose
+from reshard.ops.merge import Options as MergeOptions
+from reshard.ops.merge import Prepared, whole_model
+from reshard.ops.reference import Reference
+from reshard.storage import hub, manifest
+from reshard.storage.plan import FilePlan, Plan
+from reshard.version import __version__
+
+Format = Literal["hf", "torch_dist", "fsdp_dtensor"]
+FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "fsdp_dtensor")
+
+_WRITTEN_AS = {"hf": "huggingface", "torch_dist": "torch_dist", "fsdp_dtensor": "fsdp_dtensor"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a conversion does."""
+
+    to: Format = "hf"
+    dtype: str | None = None
+    """Of floating-point tensors, but for those that a family keeps in float32."""
+    hf_model: str | None = None
+    """A HuggingFace directory or hub id: names, dtypes, config and tokenizer. None of its values is read."""
+    target: str = next(iter(TARGETS))
+    """Whose loader an fsdp_dtensor directory is for."""
+    iteration: int | None = None
+    """Of a run to be read; the newest complete one by default."""
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    pp: int = 1
+    vocab_divisor: int | None = None
+    """Rows of the vocabulary are padded to a multiple of this times `tp`, on the way into Megatron."""
+    strict: bool = True
+    """Whether a tensor that is missing is an error."""
+    max_shard_size: str | None = None
+    save_tokenizer: bool = True
+    verify: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """What differs from the defaults, for the manifest."""
+        default = Options()
+        return {n: getattr(self, n) for n in self.__slots__ if n == "to" or getattr(self, n) != getattr(default, n)}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Options:
+        """The options that a manifest holds."""
+        return msgspec.convert(record, cls)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A whole model, read and understood, whatever it came from."""
+
+    checkpoint: Checkpoint
+    """Where it came from; the tensors are those that were read."""
+    family: Family
+    facts: Facts
+    config: Mapping[str, Any]
+    """As HuggingFace's config.json."""
+    hub: Mapping[str, Tensor]
+    """Under the hub's names, experts single. Empty when the model goes from Megatron to Megatron."""
+    megatron: Mapping[str, Named]
+    """Under Megatron's names. Empty when the model goes to HuggingFace."""
+    reference: Reference | None
+    notices: tuple[str, ...]
+
+
+def prepare(source: Path | str, output: Path, options: Options) -> Prepared:
+    """Everything up to the plan, from headers alone. Raises InputError for all that headers can reveal."""
+    if options.to not in FORMATS:
+        raise Unsupported(f"no format {options.to!r} to convert to", hint=f"one of {listed(FORMATS)}")
+    target_named(options.target)
+    _check_mesh(options)
+    model = _of_megatron(Path(source), options) if _is_megatron(Path(source)) else _of_huggingface(str(source), options)
+    checkpoint, plan = _to_huggingface(model, options) if options.to == "hf" else _to_megatron(model, options)
+    origin = checkpoint.origin
+    source_facts = {
+        "path": str(origin.path), "format": origin.format, "writer": origin.writer, "step": origin.step,
+        "convert": options.record(), "family": model.family.name,
+    }  # fmt: skip
+    facts = {"source": source_facts, "options": {}, "output": _WRITTEN_AS[options.to]}
+    plan = manifest.with_manifest(replace(plan, facts=facts), __version__)
+    return Prepared(None, model.checkpoint, checkpoint, plan, checkpoint.notices, options.verify)
+
+
+def _is_megatron(source: Path) -> bool:
+    """Whether a path holds Megatron's weights; what is damaged there is said when it is opened."""
+    if not source.exists():
+        return False
+    try:
+        locate(source)
+    except NotFound:
+        return False
+    except InputError:
+        return True
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def _of_huggingface(source: str, options: Options) -> Model:
+    """A HuggingFace directory or hub id, or a run that merges to one."""
+    path = Path(source) if Path(source).exists() else hub.resolve(source, weights=True)
+    _, _, checkpoint = whole_model(path, MergeOptions(base=options.hf_model, verify=options.verify))
+    if checkpoint.config is None:
+        raise NotFound(f"{source} has no config.json", hint="--hf-model DIR_OR_HUB_ID brings it")
+    family = by_config(checkpoint.config)
+    known = _hub_names(family, family.facts(checkpoint.config)) if family else set()
+    tensors = packing.unpacked(checkpoint.tensors, known)
+    family, notices = choose(checkpoint.config, tensors) if family is None else (family, ())
+    _check_not_quantized(source, tensors)
+    facts, absent = apply.present(tensors, family, family.facts(checkpoint.config), on_hub=True)
+    notices += tuple(f"the model has no tensors of its {part} part, which its config names" for part in absent)
+    facts = _padded(facts, options)
+    _check_copies(checkpoint, tensors, family, facts)
+    named = apply.to_megatron(tensors, family, facts)
+    return Model(checkpoint, family, facts, checkpoint.config, tensors, named, None, (*checkpoint.notices, *notices))
+
+
+def _of_megatron(source: Path, options: Options) -> Model:
+    """A Megatron checkpoint of any format."""
+    opened = open_located(locate(source, options.iteration), verify=options.verify)
+    memory = megatron.in_memory(opened.checkpoint.tensors)
+    _check_twins(opened.checkpoint, memory.twins)
+    reference = _reference(opened, options)
+    family, config, notices = _understood(opened, memory.tensors, reference)
+    facts, absent = apply.present(memory.tensors, family, family.facts(config), on_hub=False)
+    notices += tuple(f"the checkpoint has nothing of the model's {part} part" for part in absent)
+    notices += _left_out(opened)
+    if options.to != "hf":
+        named = apply.canonical(memory.tensors, family, _padded(facts, options))
+        hub_tensors: Mapping[str, Tensor] = {}
+    else:
+        named = {}
+        hub_tensors = apply.to_hub(memory.tensors, family, facts, strict=options.strict)
+        notices += _cut_rows(memory.tensors, facts)
+    return Model(
+        opened.checkpoint, family, facts, config, hub_tensors, named, reference,
+        (*opened.checkpoint.notices, *notices),
+    )  # fmt: skip
+
+
+def _reference(opened: MegatronCheckpoint, options: Options) -> Reference | None:
+    """--hf-model, or the directory that verl keeps beside its shards."""
+    if options.hf_model is not None:
+        return references.read(options.hf_model)
+    beside = opened.located.huggingface
+    return references.read(str(beside)) if beside is not None else None
+
+
+def _understood(
+    opened: MegatronCheckpoint, tensors: Mapping[str, Tensor], reference: Reference | None
+) -> tuple[Family, Mapping[str, Any], tuple[str, ...]]:
+    """Family and config: the reference's, held against the checkpoint's settings; else made from these."""
+    from reshard.dialects import megatron_config
+    from reshard.families import families
+
+    where, settings = opened.located.weights, opened.settings
+    if reference is None:
+        found = megatron_config.recognise(settings, families(), tensors)
+        return found.family, found.config, found.notices
+    family = by_config(reference.config)
+    if family is None:
+        raise Unsupported(
+            f"{reference.path}: {reference.config.get('model_type')} is not a known model type",
+            hint="`reshard families` lists what is known",
+        )
+    against = megatron_config.check_config(reference.config, settings)
+    if against:
+        raise Mismatch(
+            f"{where} is not a checkpoint of {reference.path}: {'; '.join(against)}",
+            hint="name the HuggingFace model that was trained with --hf-model",
+        )
+    return family, reference.config, ()
+
+
+def _check_twins(checkpoint: Checkpoint, twins: tuple[tuple[str, Tensor, Tensor], ...]) -> None:
+    """Raise Corrupt where a tensor that is there under two names holds two values."""
+    unequal = [name for name, one, other in twins if not same_bytes(one, other, checkpoint.source)]
+    if unequal:
+        raise Corrupt(
+            f"{checkpoint.origin.path}: {len(unequal)} tensors are there twice, with different values: "
+            f"{listed(unequal)}",
+            hint="two saves were mixed in one directory: it is not known which was trained",
+        )
+
+
+def _check_copies(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], family: Family, facts: Facts) -> None:
+    """Raise Mismatch where a tensor that Megatron stores once has another value in its copy."""
+    unequal = [
+        f"{copy.name} and {copy.of}"
+        for copy in copies(family, facts)
+        if copy.name in tensors and copy.of in tensors
+        and not same_bytes(tensors[copy.name], tensors[copy.of], checkpoint.source)
+    ]  # fmt: skip
+    if unequal:
+        raise Mismatch(
+            f"{checkpoint.origin.path}: Megatron stores one of these for both, and they differ: {listed(unequal)}",
+            hint="set tie_word_embeddings to false in config.json if the head was trained on its own",
+        )
+
+
+def _check_not_quantized(source: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise Unsupported for weights that are stored with scales beside them."""
+    packed = [n for n in tensors if n.endswith(("_scale_inv", "_blocks", "_scales", ".qweight", ".weight_scale"))]
+    if packed:
+        raise Unsupported(
+            f"{source}: the weights are quantized: {listed(packed)}",
+            hint="convert a copy in bfloat16, as the model's authors publish it or transformers dequantizes it",
+        )
+
+
+def _left_out(opened: MegatronCheckpoint) -> tuple[str, ...]:
+    """What of a checkpoint does not belong to the model."""
+    left = [f"{count} {kind.replace('_', ' ')} entries" for kind, count in opened.left_out.items()]
+    return (f"not taken: {', '.join(left)}",) if left else ()
+
+
+def _cut_rows(tensors: Mapping[str, Tensor], facts: Facts) -> tuple[str, ...]:
+    """A sentence when rows that only pad the vocabulary are cut off."""
+    vocab = facts.sizes["vocab"]
+    rows = {t.shape[0] for n, t in tensors.items() if n.endswith("embedding.word_embeddings.weight") and t.shape}
+    return tuple(f"{n - vocab} rows that pad the vocabulary from {vocab} to {n} are cut off" for n in rows if n > vocab)
+
+
+def _hub_names(family: Family, facts: Facts) -> set[str]:
+    return {name for entry in entries(family, facts) for name in entry.hub}
+
+
+def _padded(facts: Facts, options: Options) -> Facts:
+    if options.vocab_divisor is None:
+        return facts
+    unit = options.vocab_divisor * options.tp
+    return facts.sized(padded_vocab=-(-facts.sizes["vocab"] // unit) * unit)
+
+
+# ------------------------------------------------------------------------------------------------- to HuggingFace
+
+
+def _to_huggingface(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
+    reference = model.reference
+    tensors = dict(model.hub)
+    shapes = dict(reference.shapes) if reference else {}
+    for copy in copies(model.family, model.facts):
+        if copy.of in tensors and copy.name not in tensors and (copy.always or copy.name in shapes):
+            tensors[copy.name] = tensors[copy.of]
+    tensors = packing.packed(tensors, shapes)
+    notices = list(model.notices)
+    if shapes:
+        notices += _check_against(reference, tensors, options)
+    tensors, said = _in_dtypes(model, tensors, options)
+    assets = dict(reference.assets if reference else model.checkpoint.assets)
+    if not options.save_tokenizer:
+        assets = {}
+    config, changes = reconcile(model.config, tensors)
+    notices += [*said, *(f"config.json: {change}" for change in changes)]
+    checkpoint = replace(
+        model.checkpoint, tensors=tensors, config=config, assets=assets, objects={}, paths={}, locate=None,
+        dialect="hf", notices=tuple(notices),
+    )  # fmt: skip
+    return checkpoint, huggingface.plan(
+        checkpoint, max_shard_nbytes=_max_nbytes(options) or huggingface.MAX_SHARD_NBYTES
+    )
+
+
+def _check_against(reference: Reference | None, tensors: Mapping[str, Tensor], options: Options) -> list[str]:
+    """Hold what will be written against the reference's names and shapes. Raises Mismatch, listing all."""
+    assert reference is not None
+    missing = [n for n in reference.shapes if n not in tensors and not n.endswith(".rotary_emb.inv_freq")]
+    extra = [n for n in tensors if n not in reference.shapes]
+    optional = [n for n in missing if n.startswith("mtp.")]
+    missing = [n for n in missing if n not in optional]
+    wrong = [
+        f"{n}: {list(t.shape)}, not {list(reference.shapes[n])}"
+        for n, t in tensors.items()
+        if n in reference.shapes and t.shape != reference.shapes[n]
+    ]
+    said = [
+        *([f"{len(missing)} of its tensors are not in the checkpoint: {listed(missing)}"] if missing else []),
+        *([f"{len(extra)} of the checkpoint's are not in it: {listed(extra)}"] if extra else []),
+        *([f"{len(wrong)} have another shape there: {listed(wrong)}"] if wrong else []),
+    ]
+    if wrong or (said and options.strict):
+        raise Mismatch(
+            f"the checkpoint is not one of {reference.path}: {'; '.join(said)}",
+            hint="name the model that was trained with --hf-model; --not-strict takes other names, never other shapes",
+        )
+    if optional:
+        said.append(f"{len(optional)} tensors of its multi-token prediction are not in the checkpoint")
+    return [f"{reference.path}: {sentence}" for sentence in said]
+
+
+def _in_dtypes(model: Model, tensors: Mapping[str, Tensor], options: Options) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors in the reference's dtypes, else the config's, else as they are; --dtype goes before all."""
+    kept = {
+        name: entry.row.dtype for entry in entries(model.family, model.facts) for name in entry.hub if entry.row.dtype
+    }
+    said = dtype(options.dtype) if options.dtype else None
+    by_reference = model.reference.dtypes if model.reference and said is None else {}
+    default = said or _config_dtype(model.config)
+    result, rounded = {}, 0
+    for name, tensor in tensors.items():
+        exception = dtype(kept[name]) if name in kept else None
+        wanted = by_reference.get(name) or exception or default or tensor.dtype
+        result[name] = cast(tensor, wanted) if wanted.kind == "float" else tensor
+        rounded += wanted.kind == "float" and tensor.dtype.kind == "float" and wanted.itemsize < tensor.dtype.itemsize
+    if rounded and said is None:
+        names = sorted({t.dtype.name for n, t in tensors.items() if t.dtype.itemsize > result[n].dtype.itemsize})
+        return result, [
+            f"{rounded} tensors are rounded from {'/'.join(names)} to the model's dtype: --dtype float32 keeps them"
+        ]
+    return result, []
+
+
+def _config_dtype(config: Mapping[str, Any]) -> DType | None:
+    """The dtype that a config names, at the top or in its text part."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part.get(key), str):
+                return dtype(part[key])
+    return None
+
+
+# --------------------------------------------------------------------------------------------------- to Megatron
+
+
+def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
+    from reshard.dialects import megatron_config
+
+    target = target_named(options.target)
+    layout = megatron.TORCH_DIST
+    if options.to == "fsdp_dtensor":
+        layout = megatron.Layout(target.prefixes, False, True, target.split_parts, target.mtp)
+    named, said = _in_megatron_dtypes(model, options)
+    stacks = model.family.stacked and options.to == "torch_dist"
+    tensors = megatron.on_disk(named, layout, model.facts.sizes, stack_layers=stacks)
+    settings, warnings = megatron_config.to_megatron(model.config, model.family, model.facts)
+    _check_divides(settings, options)
+    text = megatron_config.run_config(
+        settings, ckpt_format=options.to, tp=options.tp, pp=options.pp, cp=options.cp, ep=options.ep,
+        hf_model_id=options.hf_model or str(model.checkpoint.origin.path),
+    )  # fmt: skip
+    notices = [*model.notices, *said, *warnings]
+    assets = {n: t for n, t in model.checkpoint.assets.items() if options.save_tokenizer}
+    files: tuple[FilePlan, ...]
+    if options.to == "torch_dist":
+        files = torch_dist.plan(tensors, run_config=text, tokenizer=assets, max_file_nbytes=_max_nbytes(options))
+    else:
+        notices.append(f"written for {target.name}: {target.releases}")
+        files = fsdp_dtensor.plan(
+            tensors, target=target, args=megatron_config.args(settings) if target.has_args else None,
+            run_config=text, tokenizer=assets, max_file_nbytes=_max_nbytes(options),
+        )  # fmt: skip
+    checkpoint = replace(
+        model.checkpoint, tensors=tensors, assets={}, objects={}, paths={}, locate=None, dialect="megatron",
+        notices=tuple(notices),
+    )  # fmt: skip
+    return checkpoint, Plan(files)
+
+
+def _in_megatron_dtypes(model: Model, options: Options) -> tuple[dict[str, Named], list[str]]:
+    """Every tensor in the dtype that it is written in: float32 for fsdp_dtensor, else the model's own."""
+    asked = options.dtype or ("float32" if options.to == "fsdp_dtensor" else None)
+    result, widened = {}, []
+    for name, named in model.megatron.items():
+        row, tensor = named.entry.row, named.tensor
+        wanted = dtype(row.dtype) if row.dtype else dtype(asked) if asked else tensor.dtype
+        if tensor.dtype.kind == "float":
+            tensor = cast(tensor, wanted)
+            if computes(row.fuse) and model.hub and not _comes_back(model, named, tensor):
+                tensor = cast(named.tensor, dtype("F32"))
+                widened.append(name)
+        result[name] = replace(named, tensor=tensor)
+    if not widened:
+        return result, []
+    said = f"{len(widened)} norms are stored as w - 1, which {asked or 'their dtype'} cannot hold for all their weights"
+    return result, [f"{said}: written in float32, which loaders cast ({listed(widened, 3)})"]
+
+
+def _comes_back(model: Model, named: Named, tensor: Tensor) -> bool:
+    """Whether the hub's values can be had again from a tensor that was computed. Reads both: they are small."""
+    wanted = model.hub[named.entry.hub[0]]
+    again = cast(named.entry.row.fuse.split(tensor, model.facts.sizes)[0], wanted.dtype)
+    return same_bytes(wanted, again, model.checkpoint.source)
+
+
+def _check_mesh(options: Options) -> None:
+    """Raise Mismatch for a mesh that cannot be, or that the ranks of this run do not divide into."""
+    sizes = {"tp": options.tp, "cp": options.cp, "ep": options.ep, "pp": options.pp}
+    wrong = [f"--{name} {size}" for name, size in sizes.items() if size < 1]
+    if wrong:
+        raise Mismatch(f"{listed(wrong)}: a mesh axis has one rank or more")
+    world, ranks = os.environ.get("WORLD_SIZE", "1"), options.tp * options.cp * options.ep
+    if world.isdecimal() and int(world) > 1 and ranks > 1 and int(world) % ranks:
+        raise Mismatch(f"WORLD_SIZE {world} is not a multiple of tp*cp*ep, {ranks}")
+
+
+def _check_divides(settings: Mapping[str, Any], options: Options) -> None:
+    """Raise Mismatch, listing all, for sizes of the model that the mesh does not divide."""
+    asked = (
+        ("num_attention_heads", "tp", options.tp),
+        ("ffn_hidden_size", "tp", options.tp),
+        ("hidden_size", "tp", options.tp),
+        ("num_moe_experts", "ep", options.ep),
+        ("num_layers", "pp", options.pp),
+    )
+    wrong = [
+        f"{name} {settings[name]} by {axis} {n}" for name, axis, n in asked if settings.get(name) and settings[name] % n
+    ]
+    groups = settings.get("num_query_groups")
+    if groups and groups % options.tp and options.tp % groups:
+        wrong.append(f"num_query_groups {groups} by tp {options.tp}")
+    if options.ep > 1 and not settings.get("num_moe_experts"):
+        wrong.append(f"a model without experts by ep {options.ep}")
+    if wrong:
+        raise Mismatch(f"the mesh does not divide the model: {listed(wrong)}")
+
+
+def _max_nbytes(options: Options) -> int | None:
+    return huggingface.parse_size(options.max_shard_size) if options.max_shard_size else None
