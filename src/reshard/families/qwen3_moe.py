@@ -1,24 +1,31 @@
-"""Qwen3 with experts."""
+"""Qwen2 and Qwen3 with experts.
+
+Checked: the configs of Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B, Qwen3-30B-A3B and Qwen3-235B-A22B.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.table import Config, Copy, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
+    L,
+    M,
     attention,
     bias_tags,
     decoder,
+    expert_count,
     experts,
     gated_mlp,
     head_norms,
     input_norm,
     mlp_norm,
     moe_norm,
-    num_experts,
     router,
+    shared_experts,
+    text_config,
 )
 
 
@@ -29,27 +36,49 @@ def _layers(text: Mapping[str, Any]) -> Iterator[tuple[str]]:
         yield ("dense",) if layer in dense or (layer + 1) % step else ("moe",)
 
 
-def _facts(config: Config) -> Facts:
-    return decoder(config, tags=bias_tags(config), layers=_layers, counts={"expert": num_experts(config)})
+def _qwen2(config: Config) -> Facts:
+    biases = ("qkv_bias",) if text_config(config).get("qkv_bias", True) else ()
+    return decoder(config, tags=(*biases, "shared"), layers=_layers, counts=expert_count(config))
 
+
+def _qwen3(config: Config) -> Facts:
+    return decoder(config, tags=bias_tags(config, mlp=""), layers=_layers, counts=expert_count(config))
+
+
+_LAYER = (
+    *input_norm(),
+    *attention(),
+    *mlp_norm(on=("dense",)),
+    *gated_mlp(on=("dense",)),
+    *moe_norm(on=("moe",)),
+    *router(),
+    *experts(),
+)
+_SHARED = (
+    *shared_experts("mlp.shared_expert."),
+    Row(f"{M}shared_experts.gate_weight", f"{L}mlp.shared_expert_gate.weight", on=("moe",)),
+)
+_TIED = (Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),)
 
 FAMILIES = (
+    Family(
+        "qwen2_moe",
+        ("qwen2_moe",),
+        ("Qwen2MoeForCausalLM",),
+        (*MODEL, *_LAYER, *_SHARED),
+        _qwen2,
+        copies=_TIED,
+        settings=(("moe_shared_expert_gate", True),),
+        verified="the names of transformers, and of Megatron's modules",
+    ),
     Family(
         "qwen3_moe",
         ("qwen3_moe",),
         ("Qwen3MoeForCausalLM",),
-        (
-            *MODEL,
-            *input_norm(),
-            *attention(),
-            *head_norms(),
-            *mlp_norm(on=("dense",)),
-            *gated_mlp(on=("dense",)),
-            *moe_norm(on=("moe",)),
-            *router(),
-            *experts(),
-        ),
-        _facts,
+        (*MODEL, *_LAYER, *head_norms()),
+        _qwen3,
+        copies=_TIED,
         settings=(("qk_layernorm", True),),
+        verified="Megatron-Bridge import, bit for bit",
     ),
 )

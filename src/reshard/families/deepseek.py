@@ -1,0 +1,198 @@
+"""DeepSeek-V2 and V3, and the families with their latent attention: Kimi K2, Moonlight, GLM-4.7-Flash, GLM-5, Sarvam.
+
+Checked: the configs of DeepSeek-V2, V2-Lite, V3, R1 and V3.2, Kimi-K2, Moonlight-16B-A3B, GLM-4.7-Flash, GLM-5.
+
+Nothing is reordered. The norms of the compressed queries and keys are fused into the up projections; the local spec,
+and every model whose indexer reads the normalised queries, keeps them apart. A fused down projection is Megatron's
+module only: its checkpoints hold two tensors, but for legacy files and early ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from reshard.dialects.fuse import Rows
+from reshard.dialects.table import Config, Copy, Facts, Family, Row
+from reshard.errors import Mismatch
+from reshard.families.blocks import (
+    MODEL,
+    MTP_COPIES,
+    A,
+    D,
+    L,
+    decoder,
+    dense_first,
+    expert_count,
+    experts,
+    gated_mlp,
+    mlp_norm,
+    moe_norm,
+    mtp_layer,
+    num_mtp,
+    router,
+    shared_experts,
+    text_config,
+)
+
+_S = f"{L}self_attn."
+
+
+def _up(kind: str, down: str, up: str, fused_norm: bool, on: tuple[str, ...] = ()) -> tuple[Row, ...]:
+    """A down projection, a norm, an up projection."""
+    norms = f"{A}linear_{kind}_up_proj.layer_norm_weight", f"{A}{kind}_layernorm.weight"
+    written, read = norms if fused_norm else norms[::-1]
+    return (
+        Row(f"{A}linear_{kind}_down_proj.weight", f"{_S}{down}.weight", on=on),
+        Row(written, f"{_S}{kind}_a_layernorm.weight", on=on),
+        Row(read, f"{_S}{kind}_a_layernorm.weight", on=on, variant=True),
+        Row(f"{A}linear_{kind}_up_proj.weight", f"{_S}{up}.weight", on=on),
+    )
+
+
+def _attention(fused_norms: bool = True) -> tuple[Row, ...]:
+    down = f"{A}linear_qkv_down_proj."
+    return (
+        Row(f"{D}input_layernorm.weight", f"{L}input_layernorm.weight"),
+        Row(f"{down}layer_norm_weight", f"{L}input_layernorm.weight", on=("q_lora",), variant=True),
+        Row(f"{A}linear_q_proj.weight", f"{_S}q_proj.weight", on=("direct_q",)),
+        *_up("q", "q_a_proj", "q_b_proj", fused_norms, on=("q_lora",)),
+        *_up("kv", "kv_a_proj_with_mqa", "kv_b_proj", fused_norms),
+        Row(
+            f"{down}weight",
+            (f"{_S}q_a_proj.weight", f"{_S}kv_a_proj_with_mqa.weight"),
+            Rows(("q_lora", "kv_down")),
+            on=("q_lora",),
+            variant=True,
+        ),
+        Row(f"{A}linear_proj.weight", f"{_S}o_proj.weight"),
+    )
+
+
+def _indexer() -> tuple[Row, ...]:
+    """What chooses the keys of sparse attention."""
+    ours, theirs = f"{A}core_attention.indexer.", f"{_S}indexer."
+    names = (
+        ("linear_wq_b.weight", "wq_b.weight"),
+        ("linear_wk.weight", "wk.weight"),
+        ("k_norm.weight", "k_norm.weight"),
+        ("k_norm.bias", "k_norm.bias"),
+        ("linear_weights_proj.weight", "weights_proj.weight"),
+    )
+    return tuple(Row(ours + a, theirs + b, on=("indexer",)) for a, b in names)
+
+
+_MLP = (
+    *mlp_norm(on=("dense",)),
+    *gated_mlp(on=("dense",)),
+    *moe_norm(on=("moe",)),
+    *router(),
+    *experts(),
+    *shared_experts(),
+)
+_LAYER = (*_attention(), *_MLP)
+_SPARSE_LAYER = (*_attention(fused_norms=False), *_indexer(), *_MLP)
+
+
+def _facts(config: Config, expert_bias: bool, sparse: bool = False) -> Facts:
+    text = text_config(config)
+    tags = {"q_lora" if text.get("q_lora_rank") else "direct_q"}
+    tags |= {"shared"} if text.get("n_shared_experts") or text.get("num_shared_experts") else set()
+    tags |= {"expert_bias"} if expert_bias else set()
+    tags |= {"mtp"} if num_mtp(config) else set()
+    try:
+        kv_down = int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Mismatch(f"config.json of a {config.get('model_type')} model lacks a size: {error}") from error
+    return decoder(
+        config,
+        tags=tags,
+        layers=_with_indexers if sparse else dense_first,
+        sizes={"q_lora": int(text.get("q_lora_rank") or 0), "kv_down": kv_down},
+        counts=expert_count(config) | {"mtp": num_mtp(config)},
+    )
+
+
+def _with_indexers(text: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The layers, and which of them have an indexer of their own; others share that of a layer before."""
+    kinds = text.get("indexer_types") or text.get("index_topk_pattern")
+    step, offset = int(text.get("index_topk_freq") or 1), int(text.get("index_skip_topk_offset", 2))
+    for layer, tags in enumerate(dense_first(text)):
+        own = kinds[layer] in ("full", "F") if kinds else max(layer - offset + 1, 0) % step == 0
+        yield (*tags, "indexer") if own else tags
+
+
+def _v2(config: Config) -> Facts:
+    return _facts(config, expert_bias=False)
+
+
+def _v3(config: Config) -> Facts:
+    """The config of V3's own code names the method that has a bias; transformers' class has no other."""
+    return _facts(config, expert_bias=text_config(config).get("topk_method", "noaux_tc") == "noaux_tc")
+
+
+def _sparse(config: Config) -> Facts:
+    return _facts(config, expert_bias=True, sparse=True)
+
+
+_TIED = Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",))
+_LATENT = (("multi_latent_attention", True), ("qk_layernorm", True), ("moe_router_pre_softmax", True))
+_SIGMOID = (("moe_router_score_function", "sigmoid"), ("moe_router_enable_expert_bias", True))
+
+FAMILIES = (
+    Family(
+        "deepseek_v2",
+        ("deepseek_v2",),
+        ("DeepseekV2ForCausalLM",),
+        (*MODEL, *_LAYER),
+        _v2,
+        copies=(_TIED,),
+        stacked=False,
+        settings=_LATENT,
+        verified="Megatron-Bridge import, bit for bit",
+    ),
+    Family(
+        "deepseek_v3",
+        ("deepseek_v3", "kimi_k2"),
+        ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM"),
+        (*MODEL, *_LAYER, *mtp_layer(_LAYER)),
+        _v3,
+        copies=(_TIED, *MTP_COPIES),
+        stacked=False,
+        settings=(*_LATENT, *_SIGMOID),
+        verified="Megatron-Bridge import, bit for bit",
+    ),
+    Family(
+        "glm4_moe_lite",
+        ("glm4_moe_lite",),
+        ("Glm4MoeLiteForCausalLM",),
+        (*MODEL, *_LAYER, *mtp_layer(_LAYER)),
+        _v3,
+        copies=(_TIED, *MTP_COPIES),
+        stacked=False,
+        settings=(*_LATENT, *_SIGMOID),
+        verified="the names of Megatron-Bridge and transformers",
+    ),
+    Family(
+        "sarvam_mla",
+        ("sarvam_mla",),
+        ("SarvamMLAForCausalLM",),
+        (*MODEL, *_LAYER),
+        _v3,
+        copies=(_TIED,),
+        stacked=False,
+        settings=(*_LATENT, *_SIGMOID),
+        verified="the names of Megatron-Bridge",
+    ),
+    Family(
+        "deepseek_v32",
+        ("deepseek_v32", "glm_moe_dsa"),
+        ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+        (*MODEL, *_SPARSE_LAYER, *mtp_layer(_SPARSE_LAYER, ("moe", "indexer"))),
+        _sparse,
+        copies=(_TIED, *MTP_COPIES),
+        stacked=False,
+        settings=(*_LATENT, *_SIGMOID, ("experimental_attention_variant", "dsa")),
+        verified="the names of Megatron-Bridge and transformers",
+    ),
+)

@@ -1,0 +1,98 @@
+"""GLM-4.5 and what is built like it: attention with groups, dense layers first, experts with a bias and a shared one.
+
+Checked: the configs of GLM-4.5, GLM-4.5-Air and GLM-4.6, dots.llm1, Hy3.
+"""
+
+from __future__ import annotations
+
+from reshard.dialects.table import Config, Copy, Facts, Family
+from reshard.families.blocks import (
+    MODEL,
+    MTP_COPIES,
+    attention,
+    bias_tags,
+    decoder,
+    dense_first,
+    expert_count,
+    experts,
+    gated_mlp,
+    head_norms,
+    input_norm,
+    mlp_norm,
+    moe_norm,
+    mtp_layer,
+    num_mtp,
+    router,
+    shared_experts,
+    text_config,
+)
+
+_DENSE = (*mlp_norm(on=("dense",)), *gated_mlp(on=("dense",)))
+_ATTENTION = (*input_norm(), *attention(), *head_norms(on=("qk_norm",)))
+_GLM = (*_ATTENTION, *_DENSE, *moe_norm(on=("moe",)), *router(), *experts(), *shared_experts())
+_HY = (
+    *_ATTENTION,
+    *_DENSE,
+    *moe_norm(on=("moe",)),
+    *router("mlp.router.gate", bias="mlp.expert_bias"),
+    *experts(),
+    *shared_experts("mlp.shared_mlp."),
+)
+
+
+def _facts(config: Config, tags: set[str]) -> Facts:
+    text = text_config(config)
+    tags |= {"expert_bias", *({"mtp"} if num_mtp(config) else set())}
+    tags |= {"shared"} if text.get("n_shared_experts") or text.get("num_shared_experts") else set()
+    return decoder(config, tags=tags, layers=dense_first, counts=expert_count(config) | {"mtp": num_mtp(config)})
+
+
+def _glm(config: Config) -> Facts:
+    """`attention_bias` is about queries, keys and values alone."""
+    text = text_config(config)
+    tags = {"qkv_bias"} if text.get("attention_bias") else set()
+    return _facts(config, tags | ({"qk_norm"} if text.get("use_qk_norm") else set()))
+
+
+def _normed(config: Config) -> Facts:
+    return _facts(config, bias_tags(config, mlp="") | {"qk_norm"})
+
+
+_TIED = Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",))
+_SIGMOID = (("moe_router_score_function", "sigmoid"), ("moe_router_enable_expert_bias", True))
+
+FAMILIES = (
+    Family(
+        "glm4_moe",
+        ("glm4_moe",),
+        ("Glm4MoeForCausalLM",),
+        (*MODEL, *_GLM, *mtp_layer(_GLM)),
+        _glm,
+        copies=(_TIED, *MTP_COPIES),
+        stacked=False,
+        settings=_SIGMOID,
+        verified="the names of Megatron-Bridge and transformers",
+    ),
+    Family(
+        "dots1",
+        ("dots1",),
+        ("Dots1ForCausalLM",),
+        (*MODEL, *_GLM),
+        _normed,
+        copies=(_TIED,),
+        stacked=False,
+        settings=(("qk_layernorm", True), *_SIGMOID),
+        verified="the names of transformers, and of Megatron's modules",
+    ),
+    Family(
+        "hy_v3",
+        ("hy_v3",),
+        ("HYV3ForCausalLM",),
+        (*MODEL, *_HY, *mtp_layer(_HY, norm="final_layernorm")),
+        _normed,
+        copies=(_TIED,),
+        stacked=False,
+        settings=(("qk_layernorm", True), *_SIGMOID),
+        verified="the names of Megatron-Bridge",
+    ),
+)

@@ -1,0 +1,61 @@
+"""gpt-oss: experts packed and transposed on the hub, gate and up by turns, biases everywhere, learnt attention sinks.
+
+Checked: the configs of gpt-oss-20b and gpt-oss-120b in bfloat16. The MXFP4 checkpoints hold `..._blocks` and
+`..._scales` for the experts' matrices, which no table of names makes into weights.
+"""
+
+from __future__ import annotations
+
+from reshard.dialects.fuse import InterleavedGlu, Transposed
+from reshard.dialects.table import Config, Copy, Facts, Family, Row
+from reshard.families.blocks import (
+    MODEL,
+    A,
+    L,
+    M,
+    attention,
+    decoder,
+    expert_count,
+    input_norm,
+    moe_norm,
+    text_config,
+)
+
+_EXPERTS = f"{L}mlp.experts."
+
+
+def _facts(config: Config) -> Facts:
+    biases = ("qkv_bias", "proj_bias") if text_config(config).get("attention_bias", True) else ()
+    return decoder(config, tags=biases, counts=expert_count(config))
+
+
+FAMILIES = (
+    Family(
+        "gpt_oss",
+        ("gpt_oss",),
+        ("GptOssForCausalLM",),
+        (
+            *MODEL,
+            *input_norm(),
+            *attention(),
+            Row(f"{A}core_attention.softmax_offset", f"{L}self_attn.sinks"),
+            *moe_norm(),
+            Row(f"{M}router.weight", f"{L}mlp.router.weight"),
+            Row(f"{M}router.bias", f"{L}mlp.router.bias"),
+            Row(f"{M}experts.linear_fc1.weight{{expert}}", f"{_EXPERTS}gate_up_proj", InterleavedGlu()),
+            Row(f"{M}experts.linear_fc1.bias{{expert}}", f"{_EXPERTS}gate_up_proj_bias", InterleavedGlu()),
+            Row(f"{M}experts.linear_fc2.weight{{expert}}", f"{_EXPERTS}down_proj", Transposed()),
+            Row(f"{M}experts.linear_fc2.bias{{expert}}", f"{_EXPERTS}down_proj_bias"),
+        ),
+        _facts,
+        copies=(Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),),
+        settings=(
+            ("add_bias_linear", True),
+            ("softmax_type", "learnable"),
+            ("window_attn_skip_freq", 2),
+            ("activation_func_clamp_value", 7.0),
+            ("glu_linear_offset", 1.0),
+        ),
+        verified="Megatron-Bridge import, bit for bit",
+    ),
+)

@@ -1,0 +1,65 @@
+"""Mixtral and MiniMax-M2: experts named w1, w2, w3 in a `block_sparse_moe`.
+
+Checked: the configs of Mixtral 8x7B and 8x22B, MiniMax-M2.
+
+MiniMax-M2 normalises all queries of a token together, and all keys; the weights are as long, the same in both dialects.
+"""
+
+from __future__ import annotations
+
+from reshard.dialects.table import Config, Copy, Facts, Family
+from reshard.families.blocks import (
+    MODEL,
+    attention,
+    decoder,
+    expert_count,
+    experts,
+    head_norms,
+    input_norm,
+    moe_norm,
+    router,
+)
+
+_LAYER = (
+    *input_norm(),
+    *attention(),
+    *moe_norm(),
+    *router("block_sparse_moe.gate", on=(), bias="block_sparse_moe.e_score_correction_bias"),
+    *experts("block_sparse_moe.experts.{expert}.", ("w1", "w3", "w2"), on=()),
+)
+_TIED = (Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),)
+
+
+def _mixtral(config: Config) -> Facts:
+    return decoder(config, counts=expert_count(config))
+
+
+def _minimax(config: Config) -> Facts:
+    return decoder(config, tags=("expert_bias",), counts=expert_count(config))
+
+
+FAMILIES = (
+    Family(
+        "mixtral",
+        ("mixtral",),
+        ("MixtralForCausalLM",),
+        (*MODEL, *_LAYER),
+        _mixtral,
+        copies=_TIED,
+        verified="Megatron-LM 0.8 to 0.20, bit for bit",
+    ),
+    Family(
+        "minimax_m2",
+        ("minimax_m2",),
+        ("MiniMaxM2ForCausalLM",),
+        (*MODEL, *_LAYER, *head_norms()),
+        _minimax,
+        copies=_TIED,
+        settings=(
+            ("qk_layernorm", True),
+            ("moe_router_score_function", "sigmoid"),
+            ("moe_router_enable_expert_bias", True),
+        ),
+        verified="the names of Megatron-Bridge and transformers",
+    ),
+)
