@@ -29,7 +29,7 @@ from typing import Any
 from reshard.core.checkpoint import Checkpoint
 from reshard.core.tensor import Tensor
 from reshard.errors import NotFound, Unsupported, listed
-from reshard.formats import dcp, megatron_settings, torch_save, zarr
+from reshard.formats import dcp, megatron_legacy, megatron_settings, torch_save, zarr
 from reshard.formats.megatron_directory import FSDP_DTENSOR, TORCH_DIST, ZARR, Located, locate
 from reshard.formats.megatron_settings import Settings
 from reshard.storage.unpickle import Inert, Rebuilt, TensorRef
@@ -84,6 +84,8 @@ def open_located(located: Located, *, verify: bool = False) -> MegatronCheckpoin
             opened = _of_dcp(located, verify)
         case "zarr":
             opened = _of_zarr(located)
+        case "megatron_legacy":
+            opened = _of_rank_files(located, verify)
         case other:
             raise Unsupported(f"{located.weights}: Megatron's {other} is not read")
     _check_unquantized(opened)
@@ -119,6 +121,17 @@ def _of_zarr(located: Located) -> MegatronCheckpoint:
 
     checkpoint = zarr.open(located.weights, is_wanted=is_wanted)
     return _of_entries(located, checkpoint, _common(located), names)
+
+
+def _of_rank_files(located: Located, verify: bool) -> MegatronCheckpoint:
+    stated = _settings(located, {})
+    opened = megatron_legacy.open(located, stated=stated if stated.values else None, verify=verify)
+    writer = _writer(located, opened.settings, opened.checkpoint)
+    checkpoint = replace(opened.checkpoint, origin=replace(opened.checkpoint.origin, writer=writer))
+    return MegatronCheckpoint(
+        located, checkpoint, opened.settings, opened.optimizer, opened.left_out, opened.checkpoint_version,
+        is_stacked(checkpoint),
+    )  # fmt: skip
 
 
 def _of_entries(

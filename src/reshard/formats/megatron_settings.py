@@ -289,6 +289,8 @@ def of_args(args: Any) -> Settings:
 
 
 def _activation(given: Mapping[str, Any]) -> dict[str, Any]:
+    if not any(flag in given for flag, *_ in _ACTIVATIONS):
+        return {}
     flag = next((row for row in _ACTIVATIONS if given.get(row[0]) is True), None)
     _, function, gated = flag or ("", "gelu", False)
     return {"activation_func": function, "gated_linear_unit": gated}
