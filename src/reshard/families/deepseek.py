@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reshard.dialects.fuse import Rows
-from reshard.dialects.table import Config, Copy, Facts, Family, Row
-from reshard.errors import Mismatch
+from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
     MTP_COPIES,
+    TIED_HEAD,
     A,
     D,
     L,
@@ -30,6 +30,7 @@ from reshard.families.blocks import (
     moe_norm,
     mtp_layer,
     num_mtp,
+    required,
     router,
     shared_experts,
     text_config,
@@ -100,15 +101,12 @@ def _facts(config: Config, expert_bias: bool, sparse: bool = False) -> Facts:
     tags |= {"shared"} if text.get("n_shared_experts") or text.get("num_shared_experts") else set()
     tags |= {"expert_bias"} if expert_bias else set()
     tags |= {"mtp"} if num_mtp(config) else set()
-    try:
-        kv_down = int(text["kv_lora_rank"]) + int(text["qk_rope_head_dim"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise Mismatch(f"config.json of a {config.get('model_type')} model lacks a size: {error}") from error
+    kv_lora, rope = required(text, "kv_lora_rank", "qk_rope_head_dim")
     return decoder(
         config,
         tags=tags,
         layers=_with_indexers if sparse else dense_first,
-        sizes={"q_lora": int(text.get("q_lora_rank") or 0), "kv_down": kv_down},
+        sizes={"q_lora": int(text.get("q_lora_rank") or 0), "kv_down": kv_lora + rope},
         counts=expert_count(config) | {"mtp": num_mtp(config)},
     )
 
@@ -135,7 +133,6 @@ def _sparse(config: Config) -> Facts:
     return _facts(config, expert_bias=True, sparse=True)
 
 
-_TIED = Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",))
 _LATENT = (("multi_latent_attention", True), ("qk_layernorm", True), ("moe_router_pre_softmax", True))
 _SIGMOID = (("moe_router_score_function", "sigmoid"), ("moe_router_enable_expert_bias", True))
 
@@ -146,7 +143,7 @@ FAMILIES = (
         ("DeepseekV2ForCausalLM",),
         (*MODEL, *_LAYER),
         _v2,
-        copies=(_TIED,),
+        copies=TIED_HEAD,
         stacked=False,
         settings=_LATENT,
         verified="Megatron-Bridge import, bit for bit",
@@ -157,7 +154,7 @@ FAMILIES = (
         ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM"),
         (*MODEL, *_LAYER, *mtp_layer(_LAYER)),
         _v3,
-        copies=(_TIED, *MTP_COPIES),
+        copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
         settings=(*_LATENT, *_SIGMOID),
         verified="Megatron-Bridge import, bit for bit",
@@ -168,7 +165,7 @@ FAMILIES = (
         ("Glm4MoeLiteForCausalLM",),
         (*MODEL, *_LAYER, *mtp_layer(_LAYER)),
         _v3,
-        copies=(_TIED, *MTP_COPIES),
+        copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
         settings=(*_LATENT, *_SIGMOID),
         verified="the names of Megatron-Bridge and transformers",
@@ -179,7 +176,7 @@ FAMILIES = (
         ("SarvamMLAForCausalLM",),
         (*MODEL, *_LAYER),
         _v3,
-        copies=(_TIED,),
+        copies=TIED_HEAD,
         stacked=False,
         settings=(*_LATENT, *_SIGMOID),
         verified="the names of Megatron-Bridge",
@@ -190,7 +187,7 @@ FAMILIES = (
         ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
         (*MODEL, *_SPARSE_LAYER, *mtp_layer(_SPARSE_LAYER, ("moe", "indexer"))),
         _sparse,
-        copies=(_TIED, *MTP_COPIES),
+        copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
         settings=(*_LATENT, *_SIGMOID, ("experimental_attention_variant", "dsa")),
         verified="the names of Megatron-Bridge and transformers",

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reshard.dialects.fuse import OneRow
-from reshard.dialects.table import Config, Copy, Facts, Family, Row
+from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
+    TIED_HEAD,
     L,
     M,
     attention,
@@ -67,7 +68,7 @@ FAMILIES = (
             *shared_experts(),
         ),
         _facts,
-        copies=(Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),),
+        copies=TIED_HEAD,
         stacked=False,
         settings=(
             ("rotary_interleaved", True),

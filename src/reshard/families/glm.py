@@ -5,10 +5,11 @@ Checked: the configs of GLM-4.5, GLM-4.5-Air and GLM-4.6, dots.llm1, Hy3.
 
 from __future__ import annotations
 
-from reshard.dialects.table import Config, Copy, Facts, Family
+from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import (
     MODEL,
     MTP_COPIES,
+    TIED_HEAD,
     attention,
     bias_tags,
     decoder,
@@ -58,7 +59,6 @@ def _normed(config: Config) -> Facts:
     return _facts(config, bias_tags(config, mlp="") | {"qk_norm"})
 
 
-_TIED = Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",))
 _SIGMOID = (("moe_router_score_function", "sigmoid"), ("moe_router_enable_expert_bias", True))
 
 FAMILIES = (
@@ -68,7 +68,7 @@ FAMILIES = (
         ("Glm4MoeForCausalLM",),
         (*MODEL, *_GLM, *mtp_layer(_GLM)),
         _glm,
-        copies=(_TIED, *MTP_COPIES),
+        copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
         settings=_SIGMOID,
         verified="the names of Megatron-Bridge and transformers",
@@ -79,7 +79,7 @@ FAMILIES = (
         ("Dots1ForCausalLM",),
         (*MODEL, *_GLM),
         _normed,
-        copies=(_TIED,),
+        copies=TIED_HEAD,
         stacked=False,
         settings=(("qk_layernorm", True), *_SIGMOID),
         verified="the names of transformers, and of Megatron's modules",
@@ -90,7 +90,7 @@ FAMILIES = (
         ("HYV3ForCausalLM",),
         (*MODEL, *_HY, *mtp_layer(_HY, norm="final_layernorm")),
         _normed,
-        copies=(_TIED,),
+        copies=TIED_HEAD,
         stacked=False,
         settings=(("qk_layernorm", True), *_SIGMOID),
         verified="the names of Megatron-Bridge",

@@ -7,9 +7,10 @@ Checked: the configs of gpt-oss-20b and gpt-oss-120b in bfloat16. The MXFP4 chec
 from __future__ import annotations
 
 from reshard.dialects.fuse import InterleavedGlu, Transposed
-from reshard.dialects.table import Config, Copy, Facts, Family, Row
+from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
+    TIED_HEAD,
     A,
     L,
     M,
@@ -48,7 +49,7 @@ FAMILIES = (
             Row(f"{M}experts.linear_fc2.bias{{expert}}", f"{_EXPERTS}down_proj_bias"),
         ),
         _facts,
-        copies=(Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),),
+        copies=TIED_HEAD,
         settings=(
             ("add_bias_linear", True),
             ("softmax_type", "learnable"),

@@ -7,9 +7,10 @@ MiniMax-M2 normalises all queries of a token together, and all keys; the weights
 
 from __future__ import annotations
 
-from reshard.dialects.table import Config, Copy, Facts, Family
+from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import (
     MODEL,
+    TIED_HEAD,
     attention,
     decoder,
     expert_count,
@@ -27,7 +28,6 @@ _LAYER = (
     *router("block_sparse_moe.gate", on=(), bias="block_sparse_moe.e_score_correction_bias"),
     *experts("block_sparse_moe.experts.{expert}.", ("w1", "w3", "w2"), on=()),
 )
-_TIED = (Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),)
 
 
 def _mixtral(config: Config) -> Facts:
@@ -45,7 +45,7 @@ FAMILIES = (
         ("MixtralForCausalLM",),
         (*MODEL, *_LAYER),
         _mixtral,
-        copies=_TIED,
+        copies=TIED_HEAD,
         verified="Megatron-LM 0.8 to 0.20, bit for bit",
     ),
     Family(
@@ -54,7 +54,7 @@ FAMILIES = (
         ("MiniMaxM2ForCausalLM",),
         (*MODEL, *_LAYER, *head_norms()),
         _minimax,
-        copies=_TIED,
+        copies=TIED_HEAD,
         settings=(
             ("qk_layernorm", True),
             ("moe_router_score_function", "sigmoid"),

@@ -5,9 +5,10 @@ Checked: the config of OLMoE-1B-7B.
 
 from __future__ import annotations
 
-from reshard.dialects.table import Config, Copy, Facts, Family
+from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import (
     MODEL,
+    TIED_HEAD,
     attention,
     bias_tags,
     decoder,
@@ -31,7 +32,7 @@ FAMILIES = (
         ("OlmoeForCausalLM",),
         (*MODEL, *input_norm(), *attention(), *head_norms(), *moe_norm(), *router(on=()), *experts(on=())),
         _facts,
-        copies=(Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),),
+        copies=TIED_HEAD,
         settings=(("qk_layernorm", True), ("moe_router_pre_softmax", True)),
         verified="the names of Megatron-Bridge and transformers",
     ),

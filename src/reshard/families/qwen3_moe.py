@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reshard.dialects.table import Config, Copy, Facts, Family, Row
+from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
+    TIED_HEAD,
     L,
     M,
     attention,
@@ -58,7 +59,6 @@ _SHARED = (
     *shared_experts("mlp.shared_expert."),
     Row(f"{M}shared_experts.gate_weight", f"{L}mlp.shared_expert_gate.weight", on=("moe",)),
 )
-_TIED = (Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),)
 
 FAMILIES = (
     Family(
@@ -67,7 +67,7 @@ FAMILIES = (
         ("Qwen2MoeForCausalLM",),
         (*MODEL, *_LAYER, *_SHARED),
         _qwen2,
-        copies=_TIED,
+        copies=TIED_HEAD,
         settings=(("moe_shared_expert_gate", True),),
         verified="the names of transformers, and of Megatron's modules",
     ),
@@ -77,7 +77,7 @@ FAMILIES = (
         ("Qwen3MoeForCausalLM",),
         (*MODEL, *_LAYER, *head_norms()),
         _qwen3,
-        copies=_TIED,
+        copies=TIED_HEAD,
         settings=(("qk_layernorm", True),),
         verified="Megatron-Bridge import, bit for bit",
     ),
