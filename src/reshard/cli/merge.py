@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         sources = series(path, step=chosen.pop("step"))
         return write_average(args, sources, Path(target or path / "merged-average"), {**chosen, "step": None})
     prepared = prepare(path, Path(target or "merged"), Options(**chosen))
-    destination = Path(target) if target else default_output(prepared.found.root)
+    destination = Path(target) if target else default_output(prepared.root)
     if args.dry_run:
         return show_plan(args, prepared, destination)
     talk(args, prepared.notices)

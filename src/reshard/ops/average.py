@@ -107,7 +107,7 @@ def prepare_average(
     checkpoint = replace(last, tensors=tensors, notices=notices)
     parts_of = [{"path": str(s), "weight": w} for s, w in zip(sources, shares, strict=True)]
     recipe_facts = {"average": parts_of, "accumulate": accumulate}
-    return planned(prepared[-1].found, prepared[-1].opened, checkpoint, output, options, recipe_facts)
+    return planned(prepared[-1].root, prepared[-1].opened, checkpoint, output, options, recipe_facts)
 
 
 def series(run: Path, *, step: int | None = None, last: int | None = None) -> list[Path]:

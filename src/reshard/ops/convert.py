@@ -113,7 +113,7 @@ def prepare(source: Path | str, output: Path, options: Options) -> Prepared:
     }  # fmt: skip
     facts = {"source": source_facts, "options": {}, "output": _WRITTEN_AS[options.to]}
     plan = manifest.with_manifest(replace(plan, facts=facts), __version__)
-    return Prepared(None, model.checkpoint, checkpoint, plan, checkpoint.notices, options.verify)
+    return Prepared(origin.path, model.checkpoint, checkpoint, plan, checkpoint.notices, options.verify)
 
 
 def _is_megatron(source: Path) -> bool:

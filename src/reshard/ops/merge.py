@@ -83,7 +83,8 @@ class Options:
 class Prepared:
     """A merge that is ready to be carried out: nothing is written yet, and every header has been checked."""
 
-    found: Found
+    root: Path
+    """The directory that was found for what the user named."""
     opened: Checkpoint
     """All that was read."""
     checkpoint: Checkpoint
@@ -139,6 +140,13 @@ def merge(
     )  # fmt: skip
 
 
+def whole_model(source: Path, options: Options) -> tuple[Found, Checkpoint, Checkpoint]:
+    """(what was found, all that was read, the model under the hub's names), from headers alone."""
+    found = find(source, step=options.step, state_dict_dirname=options.state_dict_dirname)
+    opened = _accompanied(open_found(found, (MODEL,), verify=options.verify), found, options)
+    return found, opened, _as_huggingface(_shaped(_chosen(opened, options), keep_names=False), whole=True).located()
+
+
 def prepare(source: Path, output: Path, options: Options) -> Prepared:
     """Everything up to the plan, from headers alone."""
     roles = {"model": (MODEL,), "optimizer": (OPTIMIZER, MODEL), "all": (MODEL, OPTIMIZER, EMA, EXTRA)}[options.what]
@@ -164,11 +172,11 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
     if kind == "huggingface" and options.what != "model":
         said = "a directory of more than a model: loaders will not know the other names; .pt holds them nested"
         checkpoint = replace(checkpoint, notices=(*checkpoint.notices, said))
-    return planned(found, opened, checkpoint, output, options)
+    return planned(found.root, opened, checkpoint, output, options)
 
 
 def planned(
-    found: Found,
+    root: Path,
     opened: Checkpoint,
     checkpoint: Checkpoint,
     output: Path,
@@ -177,7 +185,7 @@ def planned(
 ) -> Prepared:
     """The plan of a checkpoint that has its final tensors; `recipe` goes into the manifest, under `source`."""
     kind = kind_of(output)
-    checkpoint, plan = _plan(found, checkpoint, output, options)
+    checkpoint, plan = _plan(root, checkpoint, output, options)
     origin = checkpoint.origin
     source_facts = {
         "path": str(origin.path), "format": origin.format, "writer": origin.writer, "step": origin.step,
@@ -185,7 +193,7 @@ def planned(
     }  # fmt: skip
     facts = {"source": source_facts | dict(recipe or {}), "options": options.record(), "output": kind}
     plan = manifest.with_manifest(replace(plan, facts=facts), __version__)
-    return Prepared(found, opened, checkpoint, plan, checkpoint.notices, options.verify)
+    return Prepared(root, opened, checkpoint, plan, checkpoint.notices, options.verify)
 
 
 def carry_out(
@@ -319,13 +327,13 @@ def _as_huggingface(checkpoint: Checkpoint, whole: bool) -> Checkpoint:
     return checkpoint
 
 
-def _plan(found: Found, checkpoint: Checkpoint, output: Path, options: Options) -> tuple[Checkpoint, Plan]:
+def _plan(root: Path, checkpoint: Checkpoint, output: Path, options: Options) -> tuple[Checkpoint, Plan]:
     from reshard.formats import huggingface, safetensors
     from reshard.ops.config import reconcile
 
     kind = kind_of(output)
     if kind == "torch_save":
-        return _plan_torch_save(found, checkpoint, output, options)
+        return _plan_torch_save(root, checkpoint, output, options)
     if kind == "safetensors":
         return checkpoint, Plan((safetensors.plan_file("", checkpoint.tensors, {"format": "pt"}),))
     if checkpoint.config is not None and options.what == "model":
@@ -342,7 +350,7 @@ def _plan(found: Found, checkpoint: Checkpoint, output: Path, options: Options) 
     return checkpoint, huggingface.plan(checkpoint, max_shard_nbytes=limit)
 
 
-def _plan_torch_save(found: Found, checkpoint: Checkpoint, output: Path, options: Options) -> tuple[Checkpoint, Plan]:
+def _plan_torch_save(root: Path, checkpoint: Checkpoint, output: Path, options: Options) -> tuple[Checkpoint, Plan]:
     """`.ckpt`: `{"state_dict": ..., "cfg": ...}`, the configuration from meta.pt; else the state dict alone."""
     from reshard.formats import lightning, torch_save
 
@@ -351,7 +359,7 @@ def _plan_torch_save(found: Found, checkpoint: Checkpoint, output: Path, options
         return checkpoint, Plan((torch_save.plan(checkpoint, "", wrap=nest, name=output.stem),))
     if output.suffix != ".ckpt":
         return checkpoint, Plan((torch_save.plan(checkpoint, "", name=output.stem),))
-    config = lightning.find_config(found.root, options.cfg_key)
+    config = lightning.find_config(root, options.cfg_key)
     if config is None:
         plan = torch_save.plan(checkpoint, "", wrap=lambda state: {"state_dict": state}, name=output.stem)
         notices = ("no configuration was found: the output has state_dict only",)
@@ -383,7 +391,7 @@ def _check_removable(prepared: Prepared) -> None:
     left += prepared.opened.objects
     if left:
         raise OutputError(
-            f"{prepared.found.root}: --remove-shards would lose what is not in the output: {listed(left)}",
+            f"{prepared.opened.origin.path}: --remove-shards would lose what is not in the output: {listed(left)}",
             hint="take --all, or remove the shards yourself",
         )
 
