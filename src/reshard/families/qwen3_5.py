@@ -26,13 +26,7 @@ _SETTINGS = (
 
 
 def _with_vision(config: Config) -> Facts:
-    text = facts(config)
-    return replace(
-        text,
-        tags=text.tags | {"vision"},
-        sizes={**text.sizes, **vision.sizes(config)},
-        counts={**text.counts, **vision.counts(config)},
-    )
+    return vision.with_tower(facts(config), config)
 
 
 def _family(name: str, architecture: str, mlp: str) -> tuple[Family, Family]:

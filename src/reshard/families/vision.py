@@ -12,10 +12,11 @@ Its layers have biases everywhere, norms with biases and an MLP without a gate.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from reshard.dialects.fuse import SAME, Fuse, HeadQkv
-from reshard.dialects.table import Config, Row
+from reshard.dialects.table import Config, Facts, Row
 from reshard.errors import Mismatch
 from reshard.families.blocks import required
 
@@ -64,15 +65,19 @@ _UNCHANGED = tuple(
 VISION = (*_TOWER, *_UNCHANGED)
 
 
-def sizes(config: Config) -> dict[str, int]:
-    """The sizes of the tower."""
-    return {"vision_heads": required(_vision_config(config), "num_heads")[0]}
+def with_tower(text: Facts, config: Config) -> Facts:
+    """The facts of a text model together with those of the tower before it.
 
-
-def counts(config: Config) -> dict[str, int]:
-    """How many blocks the tower has, and how many of them feed the decoder's first layers too."""
-    vision = _vision_config(config)
-    return {"block": required(vision, "depth")[0], "deepstack": len(vision.get("deepstack_visual_indexes") or ())}
+    Some blocks of Qwen3-VL's tower feed the first layers of the decoder too: `deepstack`.
+    """
+    tower = _vision_config(config)
+    blocks, heads = required(tower, "depth", "num_heads")
+    return replace(
+        text,
+        tags=text.tags | {"vision"},
+        sizes={**text.sizes, "vision_heads": heads},
+        counts={**text.counts, "block": blocks, "deepstack": len(tower.get("deepstack_visual_indexes") or ())},
+    )
 
 
 def _vision_config(config: Config) -> Mapping[str, Any]:

@@ -1,0 +1,101 @@
+"""Qwen's vision-language models before Qwen3.5.
+
+Qwen2-VL and Qwen2.5-VL keep the hub's vision tower as it is, under `visual.`; Qwen3-VL has Megatron's own. The text
+models are Qwen2's and Qwen3's, under `language_model.`.
+
+Checked: Qwen2-VL 7B and Qwen2.5-VL 3B and 7B (sizes of the text model at the top of the config or in `text_config`),
+Qwen3-VL 8B, Qwen3-VL 30B-A3B (experts packed and turned on the hub).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
+from reshard.families import qwen3_moe, vision
+from reshard.families.blocks import DENSE, bias_tags, decoder, head_norms
+
+_LANGUAGE = "language_model."
+_TIED = (Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),)
+_TIED_INSIDE = (Copy("lm_head.weight", "model.language_model.embed_tokens.weight", on=("tied",)),)
+_ROTARY = ("position_embedding_type", "mrope")
+
+_B = "blocks.{block}."
+_ENDS = ("merger.mlp.0", "merger.mlp.2")
+_QWEN2_LAYERS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+_QWEN2 = (*(_B + name for name in _QWEN2_LAYERS), "merger.ln_q", *_ENDS)
+_QWEN2_5_LINEARS = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_QWEN2_5 = (*(_B + name for name in _QWEN2_5_LINEARS), *_ENDS)
+_QWEN2_5_NORMS = (_B + "norm1", _B + "norm2", "merger.ln_q")
+
+
+def _hubs_tower(with_bias: Iterable[str], without: Iterable[str]) -> tuple[Row, ...]:
+    """The tower as the hub has it."""
+    names = [f"{name}.{kind}" for name in with_bias for kind in ("weight", "bias")]
+    names += [f"{name}.weight" for name in without]
+    return tuple(Row(f"visual.{name}", f"visual.{name}", on=("vision",)) for name in names)
+
+
+def _qwen2_vl(config: Config) -> Facts:
+    return vision.with_tower(decoder(config, tags=("qkv_bias",)), config)
+
+
+def _qwen3_vl(config: Config) -> Facts:
+    return vision.with_tower(decoder(config, tags=bias_tags(config)), config)
+
+
+_MOE = next(family for family in qwen3_moe.FAMILIES if family.name == "qwen3_moe")
+
+
+def _qwen3_vl_moe(config: Config) -> Facts:
+    return vision.with_tower(_MOE.facts(config), config)
+
+
+FAMILIES = (
+    Family(
+        "qwen2_vl",
+        ("qwen2_vl",),
+        ("Qwen2VLForConditionalGeneration",),
+        (*under(DENSE, _LANGUAGE), *_hubs_tower(_QWEN2, ("patch_embed.proj",))),
+        _qwen2_vl,
+        copies=_TIED,
+        settings=(("add_qkv_bias", True), _ROTARY),
+        verified="transformers names only",
+    ),
+    Family(
+        "qwen2_5_vl",
+        ("qwen2_5_vl",),
+        ("Qwen2_5_VLForConditionalGeneration",),
+        (*under(DENSE, _LANGUAGE), *_hubs_tower(_QWEN2_5, (*_QWEN2_5_NORMS, "patch_embed.proj"))),
+        _qwen2_vl,
+        copies=_TIED,
+        settings=(("add_qkv_bias", True), _ROTARY),
+        verified="Megatron-Bridge import, bit for bit",
+    ),
+    Family(
+        "qwen3_vl",
+        ("qwen3_vl",),
+        ("Qwen3VLForConditionalGeneration",),
+        (
+            *under((*DENSE, *head_norms()), _LANGUAGE, {"model.": "model.language_model."}),
+            *vision.VISION,
+        ),
+        _qwen3_vl,
+        copies=_TIED_INSIDE,
+        settings=(("qk_layernorm", True), _ROTARY),
+        verified="transformers names; the tower as in Qwen3.5",
+    ),
+    Family(
+        "qwen3_vl_moe",
+        ("qwen3_vl_moe",),
+        ("Qwen3VLMoeForConditionalGeneration",),
+        (
+            *under(_MOE.rows, _LANGUAGE, {"model.": "model.language_model."}),
+            *vision.VISION,
+        ),
+        _qwen3_vl_moe,
+        copies=_TIED_INSIDE,
+        settings=(("qk_layernorm", True), _ROTARY),
+        verified="transformers names; the tower as in Qwen3.5",
+    ),
+)
