@@ -60,6 +60,7 @@ class Glu:
             return parts[0]
         gate, up = parts
         _expect(gate.shape == up.shape, f"gate {list(gate.shape)} and up {list(up.shape)} are not alike")
+        _expect_alike(parts)
         return concat([gate, up], 0)
 
     def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
@@ -68,8 +69,7 @@ class Glu:
 
     @staticmethod
     def _half(tensor: Tensor) -> int:
-        _expect(tensor.shape[0] % 2 == 0, f"{tensor.shape[0]} rows are not those of a gate and an up projection")
-        return tensor.shape[0] // 2
+        return _half_of(tensor, "rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class Qkv:
         _expect_rows(q, groups * per_group * kinds * head, "q_proj")
         _expect_rows(k, groups * head, "k_proj")
         _expect_rows(v, groups * head, "v_proj")
+        _expect_alike(parts)
         q_GR = q.unflatten(0, (groups, per_group, kinds, head))
         if self.gated:
             q_GR = q_GR.permute(0, 2, 1, 3, *range(4, len(q_GR.shape)))
@@ -132,8 +133,8 @@ class HeadQkv:
         return (self._turned(tensor, (sizes[self.heads], 3)),)
 
     def _turned(self, tensor: Tensor, outer: tuple[int, int]) -> Tensor:
-        rows = tensor.shape[0]
-        _expect(rows % (outer[0] * outer[1]) == 0, f"{rows} rows are not q, k and v of {max(outer)} heads")
+        rows = _num_rows(tensor)
+        _expect(rows > 0 and rows % (outer[0] * outer[1]) == 0, f"{rows} rows are not q, k and v of {max(outer)} heads")
         cut = tensor.unflatten(0, (*outer, rows // (outer[0] * outer[1])))
         return cut.permute(1, 0, 2, *range(3, len(cut.shape))).flatten(0, 2)
 
@@ -148,6 +149,7 @@ class Rows:
     def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
         for part, rows in zip(parts, self.counts(sizes), strict=True):
             _expect_rows(part, rows, "the part")
+        _expect_alike(parts)
         return concat(list(parts), 0)
 
     def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
@@ -172,8 +174,9 @@ class Interleaved:
     def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
         whole: list[Tensor] = []
         heads = sizes[self.heads]
+        _expect_alike(parts)
         for hub, names in zip(parts, self.parts, strict=True):
-            per_head = [sizes[name] // heads for name in names]
+            per_head = [self._per_head(name, sizes) for name in names]
             _expect_rows(hub, heads * sum(per_head), "the interleaved projection")
             rows = hub.unflatten(0, (heads, sum(per_head)))
             at = 0
@@ -187,9 +190,14 @@ class Interleaved:
         counts = tuple(sizes[name] for names in self.parts for name in names)
         cut = iter(_cut(tensor, counts, "the projection"))
         return tuple(
-            concat([next(cut).unflatten(0, (heads, sizes[name] // heads)) for name in names], 1).flatten(0, 1)
+            concat([next(cut).unflatten(0, (heads, self._per_head(name, sizes))) for name in names], 1).flatten(0, 1)
             for names in self.parts
         )
+
+    def _per_head(self, name: str, sizes: Sizes) -> int:
+        heads, rows = sizes[self.heads], sizes[name]
+        _expect(heads > 0 and rows % heads == 0, f"{rows} rows of {name} for {heads} heads")
+        return rows // heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +231,10 @@ class InterleavedGlu:
 
     def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
         turns = _transposed(parts[0])
-        _expect(turns.shape[0] % 2 == 0, f"{turns.shape[0]} columns are not those of a gate and an up projection")
-        return _by_turns(turns, (turns.shape[0] // 2, 2))
+        return _by_turns(turns, (_half_of(turns, "columns"), 2))
 
     def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
-        _expect(tensor.shape[0] % 2 == 0, f"{tensor.shape[0]} rows are not those of a gate and an up projection")
-        return (_transposed(_by_turns(tensor, (2, tensor.shape[0] // 2))),)
+        return (_transposed(_by_turns(tensor, (2, _half_of(tensor, "rows")))),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +244,7 @@ class Padded:
     def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
         tensor, rows = parts[0], sizes.get("padded_vocab", sizes["vocab"])
         _expect_rows(tensor, sizes["vocab"], "the vocabulary")
+        _expect(rows >= sizes["vocab"], f"a vocabulary of {sizes['vocab']} does not go into {rows} rows")
         if rows == tensor.shape[0]:
             return tensor
         padding = (rows - tensor.shape[0], *tensor.shape[1:])
@@ -245,7 +252,7 @@ class Padded:
 
     def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
         vocab = sizes["vocab"]
-        _expect(tensor.shape[0] >= vocab, f"{tensor.shape[0]} rows are fewer than the vocabulary's {vocab}")
+        _expect(_num_rows(tensor) >= vocab, f"{_num_rows(tensor)} rows are fewer than the vocabulary's {vocab}")
         return (tensor[:vocab],)
 
 
@@ -288,8 +295,25 @@ def _by_turns(tensor: Tensor, outer: tuple[int, int]) -> Tensor:
     return cut.permute(1, 0, *range(2, len(cut.shape))).flatten(0, 1)
 
 
+def _half_of(tensor: Tensor, what: str) -> int:
+    rows = _num_rows(tensor)
+    _expect(rows > 0 and rows % 2 == 0, f"{rows} {what} are not those of a gate and an up projection")
+    return rows // 2
+
+
+def _num_rows(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.shape else 0
+
+
+def _expect_alike(parts: Sequence[Tensor]) -> None:
+    """Raise Mismatch when parts do not lie one below the other: another dtype, dimension or width."""
+    kinds = {(part.dtype.name, len(part.shape), part.shape[1:]) for part in parts}
+    found = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
+    _expect(len(kinds) == 1 and bool(parts[0].shape), f"parts {found} do not make one tensor")
+
+
 def _expect_rows(tensor: Tensor, rows: int, what: str) -> None:
-    found = tensor.shape[0] if tensor.shape else 0
+    found = _num_rows(tensor)
     _expect(found == rows, f"{what} has {found} rows, {rows} expected by the config")
 
 
