@@ -66,7 +66,7 @@ def is_offline() -> bool:
     )
 
 
-def _cached(name: str, revision: str, weights: bool) -> Path | None:
+def _cached(name: str, revision: str, weights: bool = False) -> Path | None:
     repository = cache_directory() / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / revision
     commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
