@@ -13,6 +13,7 @@ from reshard.core.dtypes import dtype
 from reshard.core.tensor import Stored, Tensor
 from reshard.errors import NotFound
 from reshard.formats import open_path
+from reshard.ops import convert
 from reshard.ops.average import Accumulate, prepare_average
 from reshard.ops.merge import Options, Prepared, prepare
 from reshard.storage import manifest
@@ -96,6 +97,9 @@ def _recomputed(output: Path, against: Path) -> tuple[Prepared, bool]:
         held = manifest.read(output)
     except NotFound:
         return prepare(against, output, Options()), False
+    conversion = held.source.get("convert")
+    if isinstance(conversion, dict):
+        return convert.prepare(against, output, convert.Options.recorded(conversion)), True
     options = Options.recorded(held.options)
     recipe = held.source.get("average")
     if not isinstance(recipe, list):
