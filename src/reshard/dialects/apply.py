@@ -28,7 +28,7 @@ def to_megatron(hub: Mapping[str, Tensor], family: Family, facts: Facts) -> dict
     table = entries(family, facts)
     known = {name for entry in table for name in entry.hub} | {c.name for c in copies(family, facts)}
     _check_names("the model", hub, known, {name for entry in table for name in entry.hub}, family)
-    return {entry.megatron: Named(entry, _joined(entry, hub, facts)) for entry in table}
+    return {entry.name: Named(entry, _joined(entry, hub, facts)) for entry in table}
 
 
 def to_hub(megatron: Mapping[str, Tensor], family: Family, facts: Facts, *, strict: bool = True) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def to_hub(megatron: Mapping[str, Tensor], family: Family, facts: Facts, *, stri
     Megatron's names may be the table's or one of its variants. Raises Mismatch for names that the table lacks,
     Incomplete (unless not `strict`) for those missing.
     """
-    table, others = {entry.megatron: entry for entry in entries(family, facts)}, variants(family, facts)
+    table, others = {entry.name: entry for entry in entries(family, facts)}, variants(family, facts)
     found = {name: entry for name in megatron if (entry := table.get(name) or others.get(name))}
     unknown = [name for name in megatron if name not in found]
     if unknown:
@@ -46,7 +46,7 @@ def to_hub(megatron: Mapping[str, Tensor], family: Family, facts: Facts, *, stri
             hint="is this the right --hf-model? `reshard families` lists what is known",
         )
     have = {hub for entry in found.values() for hub in entry.hub}
-    missing = [entry.megatron for entry in table.values() if not set(entry.hub) <= have]
+    missing = [entry.name for entry in table.values() if not set(entry.hub) <= have]
     if missing and strict:
         raise Incomplete(
             f"{len(missing)} tensors of the {family.name} model are missing: {listed(missing)}",
@@ -116,16 +116,16 @@ def canonical(megatron: Mapping[str, Tensor], family: Family, facts: Facts) -> d
 
     Raises as `to_hub` does.
     """
-    table = {entry.megatron: entry for entry in entries(family, facts)}
+    table = {entry.name: entry for entry in entries(family, facts)}
     if set(megatron) == set(table):
         return {name: Named(entry, _refitted(entry, megatron[name], facts)) for name, entry in table.items()}
     others = variants(family, facts)
-    by_hub = {entry.hub + (str(entry.index),): entry for entry in table.values()}
+    by_hub = {(*entry.hub, str(entry.index)): entry for entry in table.values()}
     direct: dict[str, Named] = {}
     for name, tensor in megatron.items():
         entry = table.get(name) or by_hub.get(_hub_key(others.get(name)))
-        if entry is not None and entry.megatron not in direct:
-            direct[entry.megatron] = Named(entry, _refitted(entry, tensor, facts))
+        if entry is not None and entry.name not in direct:
+            direct[entry.name] = Named(entry, _refitted(entry, tensor, facts))
     lacking = {name: entry for name, entry in table.items() if name not in direct}
     hub = to_hub(megatron, family, facts) if lacking or len(direct) < len(megatron) else {}
     return direct | {name: Named(entry, _joined(entry, hub, facts)) for name, entry in lacking.items()}
@@ -139,7 +139,7 @@ def _refitted(entry: Entry, tensor: Tensor, facts: Facts) -> Tensor:
     """The tensor with the padding that the facts ask for."""
     if not isinstance(entry.row.fuse, Padded):
         return tensor
-    return entry.row.fuse.join(_split(entry.row.fuse, tensor, facts, entry.megatron), facts.sizes)
+    return entry.row.fuse.join(_split(entry.row.fuse, tensor, facts, entry.name), facts.sizes)
 
 
 def present(names: Collection[str], family: Family, facts: Facts, *, on_hub: bool) -> tuple[Facts, list[str]]:
@@ -150,7 +150,7 @@ def present(names: Collection[str], family: Family, facts: Facts, *, on_hub: boo
         if (
             part in facts.tags
             and theirs
-            and not any(n in names for e in theirs for n in (e.hub if on_hub else (e.megatron,)))
+            and not any(n in names for e in theirs for n in (e.hub if on_hub else (e.name,)))
         ):
             absent.append(part)
     return facts.without(*absent), absent

@@ -56,7 +56,7 @@ class Row:
     those tensors into one, along a new first dimension.
     """
 
-    megatron: str
+    name: str
     hub: str | tuple[str, ...]
     fuse: Fuse = SAME
     on: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class Entry:
     """A row bound to numbers: whole names."""
 
     row: Row
-    megatron: str
+    name: str
     hub: tuple[str, ...]
     index: int | None = None
     """Where the hub packs: which of the packed tensors this is."""
@@ -123,7 +123,7 @@ def entries(family: Family, facts: Facts) -> list[Entry]:
 
 def variants(family: Family, facts: Facts) -> dict[str, Entry]:
     """The other names that Megatron's tensors may have, by name."""
-    return {entry.megatron: entry for row in family.rows if row.variant for entry in _bound(row, facts)}
+    return {entry.name: entry for row in family.rows if row.variant for entry in _bound(row, facts)}
 
 
 def copies(family: Family, facts: Facts) -> list[Copy]:
@@ -138,12 +138,12 @@ def copies(family: Family, facts: Facts) -> list[Copy]:
 
 
 def _bound(row: Row, facts: Facts) -> Iterator[Entry]:
-    ours, hubs = _placeholders(row.megatron), _placeholders(*row.hubs)
+    ours, hubs = _placeholders(row.name), _placeholders(*row.hubs)
     packed = [name for name in ours if name not in hubs and not (name == "mtp" and "mtp_layer" in hubs)]
     for at in _numbers(ours, row.on, facts):
         index = at[packed[0]] if packed else None
         count = _count(packed[0], facts) if packed else 1
-        yield Entry(row, row.megatron.format(**at), tuple(h.format(**at) for h in row.hubs), index, count)
+        yield Entry(row, row.name.format(**at), tuple(h.format(**at) for h in row.hubs), index, count)
 
 
 def _numbers(names: Sequence[str], on: Sequence[str], facts: Facts) -> Iterator[dict[str, int]]:
@@ -172,7 +172,7 @@ def _placeholders(*templates: str) -> list[str]:
 # ---------------------------------------------------------------------------------------- rows made of other rows
 
 
-def under(rows: Iterable[Row], megatron: str = "", hub: Mapping[str, str] | None = None) -> tuple[Row, ...]:
+def under(rows: Iterable[Row], prefix: str = "", hub: Mapping[str, str] | None = None) -> tuple[Row, ...]:
     """Rows with a prefix before Megatron's names, and the hub's prefixes (the first that fits) exchanged."""
     hub = hub or {}
 
@@ -180,7 +180,7 @@ def under(rows: Iterable[Row], megatron: str = "", hub: Mapping[str, str] | None
         old = next((prefix for prefix in hub if name.startswith(prefix)), None)
         return name if old is None else hub[old] + name.removeprefix(old)
 
-    return tuple(replace(r, megatron=megatron + r.megatron, hub=tuple(map(renamed, r.hubs))) for r in rows)
+    return tuple(replace(r, name=prefix + r.name, hub=tuple(map(renamed, r.hubs))) for r in rows)
 
 
 def as_mtp(rows: Iterable[Row], kinds: Iterable[str], hub: str = "model.layers.{mtp_layer}.") -> tuple[Row, ...]:
@@ -189,12 +189,12 @@ def as_mtp(rows: Iterable[Row], kinds: Iterable[str], hub: str = "model.layers.{
     return tuple(
         replace(
             row,
-            megatron="mtp.layers.{mtp}.transformer_layer." + row.megatron.removeprefix(layer),
+            name="mtp.layers.{mtp}.transformer_layer." + row.name.removeprefix(layer),
             hub=tuple(hub + name.removeprefix(theirs) for name in row.hubs),
             on=("mtp", *(tag for tag in row.on if tag not in kinds)),
         )
         for row in rows
-        if row.megatron.startswith(layer) and not (set(row.on) & LAYER_KINDS) - kinds
+        if row.name.startswith(layer) and not (set(row.on) & LAYER_KINDS) - kinds
     )
 
 

@@ -81,7 +81,7 @@ def _mtp_mixer(rows: tuple[Row, ...], layer: int) -> tuple[Row, ...]:
     return tuple(
         replace(
             row,
-            megatron=at + row.megatron.removeprefix(D),
+            name=at + row.name.removeprefix(D),
             hub=tuple(f"mtp.layers.{layer}." + name.removeprefix(L) for name in row.hubs),
             on=("mtp", *row.on[1:]),
         )

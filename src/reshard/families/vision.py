@@ -58,7 +58,7 @@ _UNCHANGED = tuple(
     Row(_V + hub.removeprefix(_H), hub, on=("vision",), variant=True)
     for row in _TOWER
     for hub in row.hubs
-    if row.megatron != _V + hub.removeprefix(_H)
+    if row.name != _V + hub.removeprefix(_H)
 )
 """Megatron-Bridge of 2025 took the tower of Qwen3-VL as transformers has it."""
 
