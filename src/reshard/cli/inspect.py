@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         "dtypes": dtypes,
         "objects": found.num_objects or None,
         "also here": ", ".join(found.parts),
+        **found.facts,
         "other steps": ", ".join(map(str, found.other_steps)),
         "complete": "yes, as far as headers tell",
     }

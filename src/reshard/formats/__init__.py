@@ -15,10 +15,12 @@ from reshard.core.tensor import Tensor
 from reshard.errors import Corrupt
 from reshard.formats.detect import MODEL, OPTIMIZER, Found, Part, find
 
-FORMATS = ("dcp", "rank_files", "dcp_safetensors", "huggingface", "safetensors", "torch_save", "deepspeed")
+FORMATS = (
+    "dcp", "rank_files", "dcp_safetensors", "huggingface", "safetensors", "torch_save", "deepspeed", "megatron", "zarr",
+)  # fmt: skip
 
 
-HAVE_REPLICAS = ("dcp", "rank_files")
+HAVE_REPLICAS = ("dcp", "rank_files", "megatron")
 """Formats in which several ranks may hold copies of the same data."""
 
 

@@ -14,6 +14,8 @@ recognised child. Nothing but names, sizes and the first bytes of single files i
     model.safetensors, its index, pytorch_model.bin, its index    model              huggingface
     adapter_model.safetensors                                     model              huggingface
     latest + TAG/*_states.pt, zero/*/fp32.pt                      model              deepspeed
+    iter_N/, release/, metadata.json, mp_rank_*/, weights/        model, optimizer   megatron
+    KEY/.zarray                                                   model              zarr
     *.safetensors, *.pt, *.pth, *.bin, *.ckpt                     model              safetensors, torch_save
 """
 
@@ -26,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reshard.errors import Incomplete, InputError, NotFound, listed
+from reshard.formats.megatron_directory import TRACKER, directory_of, has_optimizer, is_rank_directory, recognise
 
 MODEL, OPTIMIZER, EMA, EXTRA = "model", "optimizer", "ema", "extra"
 _DEPTH = 4
@@ -100,6 +103,8 @@ def find(path: Path, *, step: int | None = None, state_dict_dirname: str | None 
         raise NotFound(f"{path}: no such file or directory")
     if path.is_file():
         return _of_file(path)
+    if is_rank_directory(path.name):
+        path = path.parent
     found = _of_directory(path, step, state_dict_dirname, _DEPTH)
     if found is None:
         raise _nothing(path, step)
@@ -129,6 +134,8 @@ def _of_file(path: Path) -> Found:
         return find(path.parent)
     if name == "meta.pt" and (path.parent / ".metadata").is_file():
         return find(path.parent)
+    if is_rank_directory(path.parent.name) or name in (TRACKER, ".zarray"):
+        return find(directory_of(path))
     deepspeed = _deepspeed_directory(path)
     if deepspeed is not None:
         return find(deepspeed)
@@ -164,8 +171,11 @@ def _of_directory(path: Path, step: int | None, dirname: str | None, depth: int)
     names = _names(path)
     if dirname is not None and dirname in names:
         return _named_directory(path, dirname)
+    megatron = _megatron(path, step) if dirname is None else None
+    if megatron is not None:
+        return megatron
     if dirname is None or path.name == dirname:
-        for recognise in (_accelerate, _dcp, _rank_files, _hf_sharded, _full, _whole, _deepspeed):
+        for recognise in (_accelerate, _dcp, _rank_files, _hf_sharded, _full, _whole, _deepspeed, _zarr):
             found = recognise(path, names)
             if found is not None:
                 return found
@@ -238,8 +248,6 @@ def _dcp(path: Path, names: Sequence[str]) -> Found | None:
     writer = "torch.distributed.checkpoint"
     if "meta.pt" in names:
         writer = "Lightning (FSDP)"
-    elif {"common.pt", "metadata.json"} & set(names):
-        writer = "Megatron-Core (torch_dist)"
     elif re.fullmatch(r"step-\d+", path.name):
         writer = "torchtitan"
     elif path.name.startswith("dist_epoch_"):
@@ -300,6 +308,25 @@ def _deepspeed(path: Path, names: Sequence[str]) -> Found | None:
     writer = "DeepSpeed (universal)" if deepspeed.is_universal(path) else "DeepSpeed"
     tag = re.fullmatch(r"global_step(\d+)(?:_universal)?", path.name)
     return Found(path, (Part(MODEL, "deepspeed", path),), writer, int(tag[1]) if tag else _step_of(path))
+
+
+def _megatron(path: Path, step: int | None) -> Found | None:
+    """A run of Megatron's, or a checkpoint in one."""
+    located = recognise(path, step)
+    if located is None:
+        return None
+    parts = [Part(MODEL, "megatron", located.weights)]
+    if has_optimizer(located):
+        parts.append(Part(OPTIMIZER, "megatron", located.weights, "optimizer"))
+    number = located.iteration if isinstance(located.iteration, int) else None
+    return Found(located.checkpoint, tuple(parts), located.writer, number, located.companions, located.notices)
+
+
+def _zarr(path: Path, names: Sequence[str]) -> Found | None:
+    from reshard.formats import zarr
+
+    is_array = zarr.HEADER in names or any((path / name / zarr.HEADER).is_file() for name in names)
+    return Found(path, (Part(MODEL, "zarr", path),), "zarr", _step_of(path)) if is_array else None
 
 
 def _latest(path: Path, names: Sequence[str]) -> Found | None:
@@ -400,7 +427,8 @@ def _nothing(path: Path, step: int | None) -> NotFound:
 
 def _companions(found: Found) -> tuple[Path, ...]:
     """Where config and tokenizer may lie, nearest first."""
-    places = [p.path if p.path.is_dir() else p.path.parent for p in found.parts if p.role == MODEL]
+    places = list(found.companions)
+    places += [p.path if p.path.is_dir() else p.path.parent for p in found.parts if p.role == MODEL]
     root = found.root if found.root.is_dir() else found.root.parent
     places += [root, root / "huggingface", root.parent]
     if places and places[0] != root:

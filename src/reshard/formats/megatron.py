@@ -92,9 +92,16 @@ def open_located(located: Located, *, verify: bool = False) -> MegatronCheckpoin
     return opened
 
 
-def open(path: Path, *, verify: bool = False) -> Checkpoint:
-    """The model's tensors of the Megatron checkpoint at a path. See `open_located` for all that is known of it."""
-    return open_located(locate(path), verify=verify).checkpoint
+def open(path: Path, kind: str = "model", *, verify: bool = False) -> Checkpoint:
+    """The model's tensors of the Megatron checkpoint at a path. See `open_located` for all that is known of it.
+
+    With the kind `optimizer` its entries instead, of DCP formats, as they are stored.
+    """
+    located = locate(path)
+    if kind == "model":
+        return open_located(located, verify=verify).checkpoint
+    checkpoint = dcp.open(located.weights, verify=verify, is_wanted=lambda n: kind_of(n, located.format) == "optimizer")
+    return checkpoint.select(name for name in checkpoint if kind_of(name, located.format) == "optimizer")
 
 
 # ---------------------------------------------------------------------------------------------------- DCP and zarr
@@ -105,7 +112,7 @@ def _of_dcp(located: Located, verify: bool) -> MegatronCheckpoint:
 
     def is_wanted(name: str) -> bool:
         read.append(name)
-        return kind(name, located.format) not in ("optimizer", "rng_state")
+        return kind_of(name, located.format) not in ("optimizer", "rng_state")
 
     checkpoint = dcp.open(located.weights, verify=verify, is_wanted=is_wanted)
     common = _common(located) | _common_of_objects(checkpoint.objects)
@@ -117,7 +124,7 @@ def _of_zarr(located: Located) -> MegatronCheckpoint:
 
     def is_wanted(name: str) -> bool:
         names.append(name)
-        return kind(name, ZARR) not in ("optimizer", "rng_state")
+        return kind_of(name, ZARR) not in ("optimizer", "rng_state")
 
     checkpoint = zarr.open(located.weights, is_wanted=is_wanted)
     return _of_entries(located, checkpoint, _common(located), names)
@@ -138,7 +145,7 @@ def _of_entries(
     located: Located, checkpoint: Checkpoint, common: Mapping[str, Any], objects: Iterable[str] = ()
 ) -> MegatronCheckpoint:
     """The model among the entries of a checkpoint; `objects` names those that were not read too."""
-    kinds = {name: kind(name, located.format) for name in checkpoint.tensors}
+    kinds = {name: kind_of(name, located.format) for name in checkpoint.tensors}
     tensors = {name: t for name, t in checkpoint.tensors.items() if kinds[name] == "model"}
     if not tensors:
         raise NotFound(
@@ -147,8 +154,8 @@ def _of_entries(
         )
     inside = dict.fromkeys([*objects, *checkpoint.objects])
     names = dict.fromkeys([*inside, *(name for name in checkpoint.tensors if checkpoint.path(name)[0] not in inside)])
-    left_out = Counter(kind(name, located.format) for name in names)
-    kept = {n: o for n, o in checkpoint.objects.items() if kind(n, located.format) in ("model", "common")}
+    left_out = Counter(kind_of(name, located.format) for name in names)
+    kept = {n: o for n, o in checkpoint.objects.items() if kind_of(n, located.format) in ("model", "common")}
     version = common.get("checkpoint_version")
     settings = _settings(located, common)
     origin = replace(
@@ -157,7 +164,7 @@ def _of_entries(
         writer=_writer(located, settings, tensors),
         step=located.iteration if isinstance(located.iteration, int) else _step(common),
     )
-    states = {n: o for n, o in checkpoint.objects.items() if kinds_of(n) == "extra_state"}
+    states = {n: o for n, o in checkpoint.objects.items() if _kind(n) == "extra_state"}
     return MegatronCheckpoint(
         located,
         replace(
@@ -177,14 +184,14 @@ def _of_entries(
     )
 
 
-def kinds_of(name: str) -> str:
+def _kind(name: str) -> str:
     """What an entry of this name is: `model`, `optimizer`, `extra_state`, `rng_state` or `common`."""
     return next((what for what, pattern in _LEFT_OUT if pattern.fullmatch(name)), "model")
 
 
-def kind(name: str, format: str) -> str:
-    """`kinds_of`; fsdp_dtensor says itself what is the model's, by its first name."""
-    found = kinds_of(name)
+def kind_of(name: str, format: str) -> str:
+    """`_kind`; fsdp_dtensor says itself what is the model's, by its first name."""
+    found = _kind(name)
     if found == "model" and format == FSDP_DTENSOR and not _MODEL_SECTION.match(name):
         return "common"
     return found

@@ -41,6 +41,7 @@ _INNER = ("weights", "model_weights", "dist_ckpt", "actor", "model")
 _SMALL_NBYTES = 1 << 20
 _METADATA_HEAD_NBYTES = 64 << 20
 _EMBEDDING = re.compile(rb"model\d*\.(?:module\.)*(?:language_model\.)?embedding\.word_embeddings\.weight")
+_OPTIMIZER = re.compile(rb"optimizer\.(?:state|distributed|param)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,14 @@ class Located:
     """Directories where config and tokenizer may lie, nearest first."""
     notices: tuple[str, ...] = ()
 
+    @property
+    def checkpoint(self) -> Path:
+        """The directory that a person would call the checkpoint: `iter_0000500`, `global_step_500`, NeMo's."""
+        place = self.weights
+        while place.name in _INNER and place != self.root:
+            place = place.parent
+        return place
+
 
 def locate(path: Path, iteration: int | None = None) -> Located:
     """The Megatron checkpoint at a path: a run, one of its iterations, or the directory or a file of the weights.
@@ -81,7 +90,7 @@ def locate(path: Path, iteration: int | None = None) -> Located:
     path = Path(os.path.abspath(path))
     if not path.exists():
         raise NotFound(f"{path}: no such file or directory")
-    found = recognise(_directory_of(path), iteration)
+    found = recognise(directory_of(path), iteration)
     if found is None:
         there = listed(_names(path)) if path.is_dir() else "a file"
         raise NotFound(
@@ -98,12 +107,9 @@ def recognise(path: Path, iteration: int | None = None) -> Located | None:
     inside = _weights_in(path)
     if inside is not None:
         return _described(*inside)
-    iterations = _iterations(path)
-    if iterations or TRACKER in _names(path):
-        return _of_run(path, iterations, iteration)
     if _is_left_empty(path):
         raise _empty(path)
-    return None
+    return _of_run(path, _iterations(path), iteration)
 
 
 def is_rank_directory(name: str) -> bool:
@@ -111,15 +117,21 @@ def is_rank_directory(name: str) -> bool:
     return _RANK.fullmatch(name) is not None
 
 
+def has_optimizer(located: Located) -> bool:
+    """Whether there are entries of an optimizer in a DCP, as far as the beginning of its index tells."""
+    if located.format not in (TORCH_DIST, FSDP_DTENSOR) or not (located.weights / ".metadata").is_file():
+        return False
+    return _OPTIMIZER.search(_head(located.weights / ".metadata", _METADATA_HEAD_NBYTES)) is not None
+
+
 # ------------------------------------------------------------------------------------------------- one checkpoint
 
 
-def _directory_of(path: Path) -> Path:
-    """The directory that a path in a checkpoint belongs to."""
-    if path.is_dir():
-        return path.parent if is_rank_directory(path.name) else path
-    parent = path.parent
-    return parent.parent if is_rank_directory(parent.name) else parent
+def directory_of(path: Path) -> Path:
+    """The directory of weights, or of a run, that a file or a rank's directory in it belongs to."""
+    directory = path if path.is_dir() else path.parent
+    is_inner = is_rank_directory(directory.name) or (directory / ".zarray").is_file()
+    return directory.parent if is_inner else directory
 
 
 def _weights_in(path: Path, depth: int = 2) -> tuple[Path, str] | None:
@@ -264,32 +276,35 @@ def _iterations(run: Path) -> list[tuple[int, Path]]:
 
 
 def _of_run(run: Path, iterations: list[tuple[int, Path]], wanted: int | None) -> Located | None:
+    """The iteration asked for, the tracker's, or the newest that is complete. None when none is Megatron's."""
+    tracked = _tracked(run)
+    candidates = [path for _, path in reversed(iterations)]
+    if (run / "release").is_dir():
+        candidates.append(run / "release")
+    if not any(_weights_in(path) or _is_left_empty(path) for path in candidates):
+        return None
     if wanted is not None:
         chosen = next((path for number, path in iterations if number == wanted), None)
         if chosen is None:
-            there = listed(str(number) for number, _ in iterations) or "none"
-            raise NotFound(f"{run} has no iteration {wanted}", hint=f"it has {there}")
+            raise NotFound(f"{run} has no iteration {wanted}", hint=f"it has {_listed_iterations(iterations)}")
         return replace(_complete(chosen), root=run)
-    tracked = _tracked(run)
-    if tracked is not None:
-        inside = _whole_in(run / tracked)
-        if inside is not None:
-            return replace(_described(*inside), root=run)
-    skipped = [] if tracked is None else [f"{tracked}, which {TRACKER} names, {_lack(run / tracked)}"]
-    release = [run / "release"] if (run / "release").is_dir() and tracked != "release" else []
-    for path in [path for _, path in reversed(iterations)] + release:
+    first = [path for path in candidates if path.name == tracked]
+    skipped = [] if first or tracked is None else [f"{tracked}, which {TRACKER} names, is not there"]
+    for path in first + [path for path in candidates if path not in first]:
         inside = _whole_in(path)
         if inside is not None:
             notices = tuple(f"{what}: {path.name} is read" for what in skipped)
             return replace(_described(*inside), root=run, notices=notices)
-        if path.name != tracked:
-            skipped.append(f"{path.name} {_lack(path)}")
-    if tracked is None and not all(_is_left_empty(path) for _, path in iterations):
-        return None
+        named = f", which {TRACKER} names," if path in first else ""
+        skipped.append(f"{path.name}{named} {'is empty' if _is_left_empty(path) else 'holds no weights'}")
     raise Incomplete(
         f"{run}: no iteration is complete: {listed(skipped)}",
         hint="a save that crashes leaves an empty directory and no tracker: use the checkpoint of another run",
     )
+
+
+def _listed_iterations(iterations: Sequence[tuple[int, Path]]) -> str:
+    return listed(str(number) for number, _ in iterations) or "none"
 
 
 def _whole_in(path: Path) -> tuple[Path, str] | None:
@@ -319,12 +334,6 @@ def _empty(path: Path) -> InputError:
     names = [name for name in _names(path) if not name.startswith(".git")]
     what = f"it holds {listed(names)}" if names else "it is empty: the save crashed before anything was written"
     return Incomplete(f"{path} holds no weights; {what}", hint="use an earlier iteration")
-
-
-def _lack(path: Path) -> str:
-    if not path.is_dir():
-        return "is not there"
-    return "is empty" if _is_left_empty(path) else "holds no weights"
 
 
 def _tracked(run: Path) -> str | None:

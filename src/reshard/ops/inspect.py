@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reshard.core.checkpoint import Checkpoint
 from reshard.errors import Incomplete, InputError, ReshardError
@@ -16,6 +16,9 @@ from reshard.formats.detect import MODEL, Found, find, numbered
 from reshard.storage.files import Files
 from reshard.storage.torch_zip import open_archive
 from reshard.storage.unpickle import Global, globals_in, is_known
+
+if TYPE_CHECKING:
+    from reshard.formats.megatron import MegatronCheckpoint
 
 _PICKLE_LIMIT_NBYTES = 1 << 30
 _NO_PICKLES = (".safetensors", ".json", ".jinja", ".txt", ".distcp")
@@ -50,6 +53,8 @@ class Inspection:
     next_command: str
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     """(FQN, dtype, shape), when they were asked for."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What only some formats tell, by what it is about: the mesh of the run that wrote a Megatron model, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +80,39 @@ def inspect(source: str | Path, *, step: int | None = None, tensors: bool = Fals
         settings, path = path, axolotl.read(path).output_dir
     try:
         found = find(path, step=step, **choices)
-        opened = open_found(found)
+        opened, facts = _opened(found)
     except Incomplete as error:
         return Inspection(
             path, "", "", None, None, (), 0, 0, 0, {}, (), 0, (), False, str(error), (), ""
         )  # fmt: skip
-    return _described(path, found, opened, tensors, settings)
+    return replace(_described(path, found, opened, tensors, settings), facts=facts)
+
+
+def _opened(found: Found) -> tuple[Checkpoint, Mapping[str, str]]:
+    """The checkpoint, and what its format tells besides."""
+    model = found.part(MODEL)
+    if model is None or model.format != "megatron":
+        return open_found(found), {}
+    from reshard.formats import megatron
+
+    opened = megatron.open_located(megatron.locate(model.path))
+    notices = tuple(dict.fromkeys((*found.notices, *opened.checkpoint.notices)))
+    return replace(opened.checkpoint, notices=notices), _facts(opened)
+
+
+def _facts(opened: MegatronCheckpoint) -> dict[str, str]:
+    settings = opened.settings
+    layers = {None: "", True: "one tensor of each kind for all", False: "numbered"}[opened.stacked]
+    rows = {
+        "mesh": str(settings.layout or ""),
+        "layers": layers,
+        "settings": settings.source or "none in the checkpoint",
+        "made from": settings.hf_model_id or "",
+        "optimizer": "" if opened.optimizer == "none" else opened.optimizer,
+        "left out": ", ".join(f"{kind} ({count})" for kind, count in opened.left_out.items()),
+        "core": opened.core,
+    }
+    return {name: value for name, value in rows.items() if value}
 
 
 def _described(path: Path, found: Found, opened: Checkpoint, tensors: bool, settings: Path | None) -> Inspection:
@@ -99,6 +131,9 @@ def _described(path: Path, found: Found, opened: Checkpoint, tensors: bool, sett
 def _next(path: Path, found: Found) -> str:
     if (found.root / "reshard.json").is_file():
         return f"reshard verify {path}"
+    model = found.part(MODEL)
+    if model is not None and model.format == "megatron":
+        return f"reshard convert {path} OUT --to hf"
     if (found.root / "meta.pt").is_file():
         return f"reshard merge {path} OUT.ckpt"
     if found.root.is_file():

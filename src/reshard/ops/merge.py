@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,13 +21,14 @@ from reshard.core.checkpoint import Checkpoint, same_bytes
 from reshard.core.compute import cast
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Tensor, leaves
-from reshard.errors import Corrupt, NotFound, OutputError, listed
+from reshard.errors import Corrupt, NotFound, OutputError, Unsupported, listed
 from reshard.formats import open_found
 from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find
 from reshard.ops import names, tie
 from reshard.storage import manifest
+from reshard.storage.launch import Spread
 from reshard.storage.plan import Plan
-from reshard.storage.run import Progress, Result, run
+from reshard.storage.run import BLOCK_NBYTES, Progress, Result, run
 from reshard.version import __version__
 
 _TOKENIZER = re.compile(
@@ -205,15 +206,22 @@ def carry_out(
     threads: int | None = None,
     block_nbytes: int | None = None,
     progress: Progress | None = None,
+    spread: Spread | None = None,
+    tell: Callable[[], Sequence[str]] | None = None,
 ) -> Merged:
-    """Write what was prepared; remove the shards afterwards, when that was asked for and all is proven."""
+    """Write what was prepared; remove the shards afterwards, when that was asked for and all is proven.
+
+    What `tell` says when all is read follows the notices.
+    """
     if remove_shards:
         _check_removable(prepared)
-    more = {} if block_nbytes is None else {"block_nbytes": block_nbytes}
-    result = run(prepared.plan, output, threads=threads, force=force, progress=progress, **more)
-    if remove_shards or prepared.verify:
+    result = run(
+        prepared.plan, output, threads=threads, block_nbytes=block_nbytes or BLOCK_NBYTES, force=force,
+        progress=progress, spread=spread, tell=tell,
+    )  # fmt: skip
+    if result.is_first and (remove_shards or prepared.verify):
         _read_again(output, threads)
-    removed = _remove_shards(prepared) if remove_shards else ()
+    removed = _remove_shards(prepared) if remove_shards and result.is_first else ()
     return _merged(prepared, result, removed)
 
 
@@ -316,6 +324,11 @@ def _as_huggingface(checkpoint: Checkpoint, whole: bool) -> Checkpoint:
     from reshard.ops.config import check_complete
     from reshard.ops.tie import tie
 
+    if checkpoint.dialect == "megatron":
+        raise Unsupported(
+            f"{checkpoint.origin.path} holds a Megatron model: its tensors are named and fused unlike the hub's",
+            hint=f"reshard convert {checkpoint.origin.path} OUT --to hf (--keep-names merges them as they are stored)",
+        )
     config = checkpoint.config
     checkpoint = torchtitan.to_hub(names.without_attribute(names.without_ddp(checkpoint), config), config)
     config = checkpoint.config
@@ -422,8 +435,8 @@ def _merged(prepared: Prepared, result: Result, removed: Sequence[Path]) -> Merg
     origin = prepared.checkpoint.origin
     return Merged(
         result.destination, origin.path, origin.format, origin.step, result.num_tensors, result.nbytes,
-        prepared.plan.read_nbytes(), result.num_checked, result.kept_nbytes, result.seconds, prepared.notices,
-        tuple(removed),
+        prepared.plan.read_nbytes(), result.num_checked, result.kept_nbytes, result.seconds,
+        prepared.notices + result.told, tuple(removed),
     )  # fmt: skip
 
 
