@@ -115,6 +115,8 @@ _KINDS = {
 def _facts(config: Config) -> Facts:
     heads, head_dim, groups, state = required(config, "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
     kinds = _kinds(config, "hybrid_override_pattern", "layers_block_type")
+    if not kinds:
+        raise Mismatch("config.json of a nemotron_h model has neither hybrid_override_pattern nor layers_block_type")
     tags = {"conv_bias"} if config.get("use_conv_bias", True) else set()
     if config.get("moe_latent_size"):
         tags.add("latent")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from reshard.dialects.fuse import Rows
 from reshard.dialects.table import Config, Copy, Facts, Family, under
 from reshard.families import vision
+from reshard.families.blocks import TIED_HEAD
 from reshard.families.gated_delta_net import facts, in_proj, model, unfused
 
 _HUB = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
@@ -38,7 +39,7 @@ def _family(name: str, architecture: str, mlp: str) -> tuple[Family, Family]:
         (f"{architecture}ForCausalLM",),
         rows,
         facts,
-        copies=(Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),),
+        copies=TIED_HEAD,
         stacked=False,
         settings=settings,
         verified="Megatron-Bridge import, bit for bit",

@@ -6,7 +6,8 @@ Checked: Qwen3-Next 80B-A3B. Its config does not mention the layer that predicts
 from __future__ import annotations
 
 from reshard.dialects.fuse import Interleaved
-from reshard.dialects.table import Copy, Family
+from reshard.dialects.table import Family
+from reshard.families.blocks import TIED_HEAD
 from reshard.families.gated_delta_net import facts, in_proj, model, unfused
 
 _HUB = ("in_proj_qkvz", "in_proj_ba")
@@ -21,7 +22,7 @@ FAMILIES = (
         ("Qwen3NextForCausalLM",),
         model((in_proj(_HUB, _BY_KEY_HEAD), *unfused(*_HUB)), "moe"),
         facts,
-        copies=(Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),),
+        copies=TIED_HEAD,
         stacked=False,
         settings=(
             ("attention_output_gate", True),

@@ -13,11 +13,10 @@ from collections.abc import Iterable
 
 from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
 from reshard.families import qwen3_moe, vision
-from reshard.families.blocks import DENSE, bias_tags, decoder, head_norms
+from reshard.families.blocks import DENSE, TIED_HEAD, bias_tags, decoder, head_norms
 
 _LANGUAGE = "language_model."
-_TIED = (Copy("lm_head.weight", "model.embed_tokens.weight", on=("tied",)),)
-_TIED_INSIDE = (Copy("lm_head.weight", "model.language_model.embed_tokens.weight", on=("tied",)),)
+_TIED = (Copy("lm_head.weight", "model.language_model.embed_tokens.weight", on=("tied",)),)
 _ROTARY = ("position_embedding_type", "mrope")
 
 _B = "blocks.{block}."
@@ -58,7 +57,7 @@ FAMILIES = (
         ("Qwen2VLForConditionalGeneration",),
         (*under(DENSE, _LANGUAGE), *_hubs_tower(_QWEN2, ("patch_embed.proj",))),
         _qwen2_vl,
-        copies=_TIED,
+        copies=TIED_HEAD,
         settings=(("add_qkv_bias", True), _ROTARY),
         verified="transformers names only",
     ),
@@ -68,7 +67,7 @@ FAMILIES = (
         ("Qwen2_5_VLForConditionalGeneration",),
         (*under(DENSE, _LANGUAGE), *_hubs_tower(_QWEN2_5, (*_QWEN2_5_NORMS, "patch_embed.proj"))),
         _qwen2_vl,
-        copies=_TIED,
+        copies=TIED_HEAD,
         settings=(("add_qkv_bias", True), _ROTARY),
         verified="Megatron-Bridge import, bit for bit",
     ),
@@ -81,7 +80,7 @@ FAMILIES = (
             *vision.VISION,
         ),
         _qwen3_vl,
-        copies=_TIED_INSIDE,
+        copies=_TIED,
         settings=(("qk_layernorm", True), _ROTARY),
         verified="transformers names; the tower as in Qwen3.5",
     ),
@@ -94,7 +93,7 @@ FAMILIES = (
             *vision.VISION,
         ),
         _qwen3_vl_moe,
-        copies=_TIED_INSIDE,
+        copies=_TIED,
         settings=(("qk_layernorm", True), _ROTARY),
         verified="transformers names; the tower as in Qwen3.5",
     ),
