@@ -7,7 +7,8 @@ ReshardError
 │   ├── Corrupt           bytes that contradict themselves: checksums, offsets, sizes, headers
 │   ├── Unsupported       well-formed, and deliberately not read
 │   └── Mismatch          checkpoints, or a checkpoint and its config, that do not fit together
-└── OutputError           the destination cannot be written, or exists already (exit code 1)
+├── OutputError           the destination cannot be written, or exists already (exit code 1)
+└── RankFailed            another rank of the run died, or never came (exit code 1)
 
 Messages say what was being done, the path and the FQN, what was expected and what was found. `hint` is the next step
 for the user; the command line prints it on a line of its own.
@@ -52,6 +53,10 @@ class Mismatch(InputError):
 
 class OutputError(ReshardError):
     """The destination cannot be written, or exists already."""
+
+
+class RankFailed(ReshardError):
+    """Another rank of the run died, or never came."""
 
 
 def listed(names: Iterable[str], limit: int = 10) -> str:

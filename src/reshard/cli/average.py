@@ -41,8 +41,6 @@ def run(args: argparse.Namespace) -> int:
 
 def write_average(args: argparse.Namespace, sources: Sequence[Path], target: Path, chosen: dict[str, Any]) -> int:
     """Average and report; `merge --merge` comes here too."""
-    from dataclasses import replace
-
     from reshard.ops.average import NonFinite, prepare_average
     from reshard.ops.merge import Options, carry_out
 
@@ -57,12 +55,11 @@ def write_average(args: argparse.Namespace, sources: Sequence[Path], target: Pat
     with output.progress(prepared.plan.nbytes, "averaging", args.quiet) as progress:
         merged = carry_out(
             prepared, target, force=args.force, threads=args.threads, block_nbytes=options.block_nbytes(args),
-            progress=progress,
+            progress=progress, spread=options.spread(args), tell=lambda: bad.said(sources),
         )  # fmt: skip
-    found = bad.said(sources)
-    for line in found:
+    for line in merged.notices[len(prepared.notices) :]:
         output.say(f"warning: {line}")
-    return show_result(args, replace(merged, notices=merged.notices + found))
+    return show_result(args, merged)
 
 
 def _weights(text: str | None) -> list[float] | None:

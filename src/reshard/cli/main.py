@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from reshard.errors import ReshardError
+from reshard.storage.launch import Launch, current, together
 from reshard.version import __version__
 
 VERBS = {
@@ -57,6 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         words.insert(0, "inspect")
     try:
+        with together():
+            return _guarded(words)
+    except ReshardError as error:
+        _complain(str(error), error.hint)
+        return 1
+
+
+def _guarded(words: list[str]) -> int:
+    """The exit code of a verb, whatever goes wrong; the message, if anything does."""
+    try:
         return _dispatch(words)
     except ReshardError as error:
         _complain(str(error), error.hint)
@@ -95,8 +106,13 @@ def _dispatch(words: list[str]) -> int:
         prog=f"reshard {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.configure(parser)
-    code: int = module.run(parser.parse_intermixed_args(words[1:]))
-    return code
+    args = parser.parse_intermixed_args(words[1:])
+    if not getattr(args, "dry_run", True):  # a verb that writes, and does
+        return int(module.run(args))
+    if not current().is_first:
+        return 0
+    with together(Launch()):
+        return int(module.run(args))
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,7 +135,8 @@ def _hyphenated(word: str) -> str:
 
 
 def _complain(message: str, hint: str | None) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    who = "" if current().is_first else f"rank {current().rank}: "
+    sys.stderr.write(f"{who}error: {message}\n")
     if hint:
         sys.stderr.write(f"\nhint: {hint}\n")
 

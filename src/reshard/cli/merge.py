@@ -69,6 +69,6 @@ def run(args: argparse.Namespace) -> int:
     with output.progress(prepared.plan.nbytes, "merging", args.quiet) as progress:
         merged = carry_out(
             prepared, destination, force=args.force, remove_shards=args.remove_shards, threads=args.threads,
-            block_nbytes=options.block_nbytes(args), progress=progress,
+            block_nbytes=options.block_nbytes(args), progress=progress, spread=options.spread(args),
         )  # fmt: skip
     return show_result(args, merged)

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from reshard.errors import ReshardError
+from reshard.storage.launch import Spread
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,17 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     group.add_argument("--threads", type=int, metavar="N", help="that move data (default: one a core, 4 at most)")
     group.add_argument("--memory", metavar="SIZE", help="bound of the buffers, as in 64MB")
+    group.add_argument(
+        "--distributed-save", action="store_true",
+        help="where several ranks were launched (torchrun, srun): each file is written by one of them, else by all",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-every-n-ranks",
+        type=int,
+        metavar="K",
+        default=1,
+        help="only the ranks that K divides write (default: 1)",
+    )
     group.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     group.add_argument("--quiet", "-q", action="store_true", help="no talk, no progress")
 
@@ -59,6 +71,11 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
         "step": args.step, "state_dict_dirname": args.state_dict_dirname, "cfg_key": args.cfg_key,
         "save_tokenizer": args.save_tokenizer, "verify": args.verify,
     }  # fmt: skip
+
+
+def spread(args: argparse.Namespace) -> Spread:
+    """How the work is spread over ranks."""
+    return Spread(args.distributed_save, args.save_every_n_ranks)
 
 
 def block_nbytes(args: argparse.Namespace) -> int | None:

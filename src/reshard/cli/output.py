@@ -1,4 +1,7 @@
-"""What people see: results on stdout, talk and one progress bar on stderr, JSON when asked for."""
+"""What people see: results on stdout, talk and one progress bar on stderr, JSON when asked for.
+
+Where several ranks were launched, the first alone is seen.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from reshard.storage.launch import current
+
 _LINE_EVERY_S = 10.0
 _REFRESH_EVERY_S = 0.1
 
 
 def say(text: str) -> None:
     """A line of talk."""
-    sys.stderr.write(text + "\n")
+    if current().is_first:
+        sys.stderr.write(text + "\n")
 
 
 def show(text: str) -> None:
     """A line of the result."""
-    sys.stdout.write(text + "\n")
+    if current().is_first:
+        sys.stdout.write(text + "\n")
 
 
 def show_json(value: Any) -> None:
@@ -70,7 +77,7 @@ def duration(seconds: float) -> str:
 @contextmanager
 def progress(total_nbytes: int, what: str, quiet: bool = False) -> Iterator[Callable[[int, str], None] | None]:
     """A bar on a terminal; elsewhere a line every ten seconds. Gives what the engine calls."""
-    if quiet or total_nbytes == 0:
+    if quiet or total_nbytes == 0 or not current().is_first:
         yield None
     elif sys.stderr.isatty():
         yield from _bar(total_nbytes, what)

@@ -67,10 +67,10 @@ def average(
     prepared = prepare_average(
         [Path(s) for s in sources], Path(output), Options(**options), weights, ema, accumulate, bad
     )
-    merged = carry_out(
-        prepared, Path(output), force=force, threads=threads, block_nbytes=block_nbytes, progress=progress
-    )
-    return replace(merged, notices=merged.notices + bad.said(sources))
+    return carry_out(
+        prepared, Path(output), force=force, threads=threads, block_nbytes=block_nbytes, progress=progress,
+        tell=lambda: bad.said(sources),
+    )  # fmt: skip
 
 
 def prepare_average(

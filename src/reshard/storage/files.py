@@ -137,6 +137,24 @@ class Ledger:
         if start == 0 and stop == extent.nbytes:
             self._compare(extent, crc, name)
 
+    def give(self) -> list[tuple[Extent, int, int, int, str]]:
+        """Hand over what has not added up to the whole yet: (extent, start, end, CRC-32, FQN) of each run."""
+        given = [
+            (extent, start, stop, crc, self._names[extent])
+            for extent, runs in self._runs.items()
+            if runs.get(extent.nbytes, (1, 0))[0] != 0
+            for stop, (start, crc) in runs.items()
+        ]
+        self._runs.clear()
+        return given
+
+    def take(self, extent: Extent, start: int, stop: int, crc: int, name: str) -> None:
+        """Note what another ledger gave."""
+        runs = self._runs.setdefault(extent, {})
+        self._names[extent] = name
+        if runs.get(stop, (stop, 0))[0] > start:
+            runs[stop] = (start, crc)
+
     def settle(self, files: Files) -> None:
         """Confirm every extent of which anything was read, reading what no one asked for."""
         for extent, runs in self._runs.items():

@@ -5,6 +5,11 @@
                             about to become the destination
     .NAME.reshard/files     the files of the output, `output` where it is one file
 
+and where several ranks write, under the lock of the first:
+
+    .NAME.reshard/journal.R what rank R has finished; the journal is what all knew when they began
+    .NAME.reshard/ranks-... what the ranks say to each other
+
 The journal goes late and the lock last when all is done, so a process that is killed anywhere in between leaves enough
 to tell a complete destination from somebody else's.
 """
@@ -18,7 +23,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -109,6 +114,8 @@ def _locked(staging: Path, final: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
             raise OutputError(f"{final} is being written by another process (it holds {staging}/lock)") from error
         if inode(staging / "lock") == os.fstat(lock).st_ino:
             return lock
@@ -122,14 +129,14 @@ def clear(staging: Path) -> None:
     that whoever waits for it finds nothing old.
     """
     for path in staging.iterdir():
-        if path.name in ("journal", "lock"):
+        if path.name == "lock" or path.name.startswith("journal"):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    for name in ("journal", "lock"):
-        (staging / name).unlink(missing_ok=True)
+    for path in (*staging.glob("journal.*"), staging / "journal", staging / "lock"):
+        path.unlink(missing_ok=True)
     with suppress(OSError):  # another process may have begun
         staging.rmdir()
 
@@ -203,23 +210,41 @@ _COMMIT_LINE = re.compile(rb"commit (\d{1,20})")
 
 
 class Journal(JournalRead):
-    """The journal of a staging directory, held open; it begins anew unless its plan is the one of `fingerprint`."""
+    """The journal of a staging directory, held open; it begins anew unless its plan is the one of `fingerprint`.
+
+    What ranks of an earlier run noted is taken over into it.
+    """
 
     def __init__(self, staging: Path, fingerprint: str) -> None:
-        path = staging / "journal"
+        path, parts = staging / "journal", sorted(staging.glob("journal.*"))
         lines = journal_lines(path)
         if not lines or lines[0] != fingerprint.encode():
             shutil.rmtree(staging / "files", ignore_errors=True)
-            lines = [fingerprint.encode()]
+            lines, parts = [fingerprint.encode()], _unlinked(parts)
+        for part in map(journal_lines, parts):
+            lines += part[1:] if part[:1] == lines[:1] else []
         super().__init__(lines)
-        path.write_bytes(b"".join(line + b"\n" for line in lines))  # without the line that was cut short
+        whole = staging / "whole journal"
+        whole.write_bytes(b"".join(line + b"\n" for line in lines))  # without the line that was cut short
+        os.replace(whole, path)
+        _unlinked(parts)
+        self._open(path)
+
+    def _open(self, path: Path) -> None:
         self._lock = threading.Lock()
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def note(self, path: str, index: int, done: Digest) -> None:
-        line = f"{index} {done.xxh3_128} {done.crc32:08x} {path}\n".encode()
         with self._lock:
-            os.write(self._fd, line)
+            os.write(self._fd, _segment_line(path, index, done))
+
+    def note_all(self, digests: Mapping[tuple[str, int], Digest]) -> None:
+        """What other ranks finished."""
+        lines = (_segment_line(path, index, done) for (path, index), done in digests.items())
+        with self._lock:
+            data = memoryview(b"".join(lines))
+            while data:
+                data = data[os.write(self._fd, data) :]
 
     def note_commit(self, inode: int | None) -> None:
         """All is written and flushed; this inode is the next to be renamed."""
@@ -230,6 +255,32 @@ class Journal(JournalRead):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class PartJournal(Journal):
+    """The journal of one rank, begun anew beside the one that the first rank keeps."""
+
+    def __init__(self, staging: Path, fingerprint: str, rank: int) -> None:
+        JournalRead.__init__(self, journal_lines(staging / "journal"))
+        path = part_journal(staging, rank)
+        path.write_bytes(fingerprint.encode() + b"\n")
+        self._open(path)
+
+
+def part_journal(staging: Path, rank: int) -> Path:
+    """Where a rank notes what it has finished."""
+    return staging / f"journal.{rank}"
+
+
+def _segment_line(path: str, index: int, done: Digest) -> bytes:
+    return f"{index} {done.xxh3_128} {done.crc32:08x} {path}\n".encode()
+
+
+def _unlinked(paths: Iterable[Path]) -> list[Path]:
+    """Remove files; nothing is left of them."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return []
 
 
 def commit(plan: Plan, folder: Path, final: Path) -> None:
