@@ -39,8 +39,18 @@ D, L = "decoder.layers.{}.", "model.layers.{}."
 # ------------------------------------------------------------------------------------------------- models to be tried
 
 
-def text(draw: random.Random, **changes: Any) -> dict[str, Any]:
-    """Sizes that all models have; no size equals another that it could be mistaken for."""
+class Draw(random.Random):
+    """Sizes at random, kinds of a model in turn."""
+
+    def __init__(self, model_type: str, seed: int) -> None:
+        super().__init__(f"{model_type}{seed}")
+        self._turn = seed
+
+    def kind(self, *kinds: Any) -> Any:
+        return kinds[self._turn % len(kinds)]
+
+
+def text(draw: Draw, **changes: Any) -> dict[str, Any]:
     groups = draw.choice((1, 2, 3))
     return {
         "vocab_size": draw.choice((67, 128, 130)),
@@ -58,7 +68,11 @@ def text(draw: random.Random, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def routed(draw: random.Random, **changes: Any) -> dict[str, Any]:
+_FOUR_HEADS = {"head_dim": None, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Of models whose heads fill the hidden size."""
+
+
+def routed(draw: Draw, **changes: Any) -> dict[str, Any]:
     return {
         "n_routed_experts": draw.choice((2, 5)),
         "n_shared_experts": draw.choice((1, 2)),
@@ -66,52 +80,50 @@ def routed(draw: random.Random, **changes: Any) -> dict[str, Any]:
         "moe_intermediate_size": 12,
         "n_group": 1,
         "topk_group": 1,
-        "first_k_dense_replace": draw.choice((0, 1)),
+        "first_k_dense_replace": draw.kind(1, 0),
         "num_nextn_predict_layers": 0,
     } | changes
 
 
-def latent(draw: random.Random, **changes: Any) -> dict[str, Any]:
-    sizes = text(draw, num_key_value_heads=4, num_attention_heads=4) | routed(draw)
-    del sizes["head_dim"]
-    q_lora = draw.choice((None, 18)) if "q_lora_rank" not in changes else changes["q_lora_rank"]
-    low = {"q_lora_rank": q_lora, "kv_lora_rank": 14, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10}
+def latent(draw: Draw, **changes: Any) -> dict[str, Any]:
+    sizes = text(draw, num_key_value_heads=4, num_attention_heads=4, head_dim=None) | routed(draw)
+    low = {"q_lora_rank": 18, "kv_lora_rank": 14, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 10}
     return sizes | low | changes
 
 
-def experts(draw: random.Random, key: str = "num_experts") -> dict[str, Any]:
+def experts(draw: Draw, key: str = "num_experts") -> dict[str, Any]:
     return {key: draw.choice((2, 5)), "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 
 
-def config(model_type: str, draw: random.Random) -> dict[str, Any]:
+def config(model_type: str, seed: int) -> dict[str, Any]:
+    draw = Draw(model_type, seed)
     match model_type:
         case "mixtral" | "minimax_m2":
             return text(draw) | experts(draw, "num_local_experts")
         case "gpt_oss":
             return text(draw) | experts(draw, "num_local_experts") | {"sliding_window": 4}
         case "olmoe":
-            return text(draw, head_dim=None, num_attention_heads=4, num_key_value_heads=4) | experts(draw)
+            return text(draw) | experts(draw) | _FOUR_HEADS
         case "qwen2_moe" | "qwen3_moe":
-            layers = {"decoder_sparse_step": draw.choice((1, 2)), "mlp_only_layers": draw.choice(([], [1]))}
-            more = {"shared_expert_intermediate_size": 28} if model_type == "qwen2_moe" else {}
-            more |= {"head_dim": None, "num_attention_heads": 4, "num_key_value_heads": 2} if more else {}
-            return text(draw, tie_word_embeddings=draw.choice((True, False))) | experts(draw) | layers | more
-        case "deepseek_v2":
-            return latent(draw, topk_method="greedy")
-        case "deepseek_v3":
-            return latent(draw)
+            layers = draw.kind({"decoder_sparse_step": 1}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [0]})
+            more = {"shared_expert_intermediate_size": 28, **_FOUR_HEADS} if model_type == "qwen2_moe" else {}
+            tied, biased = draw.kind(True, False), draw.kind(False, True)
+            more |= {"qkv_bias" if model_type == "qwen2_moe" else "attention_bias": biased}
+            return text(draw, tie_word_embeddings=tied) | experts(draw) | layers | more
+        case "deepseek_v2" | "deepseek_v3":
+            return latent(draw, q_lora_rank=draw.kind(None, 18))
         case "glm4_moe_lite":
-            return latent(draw, q_lora_rank=18)
+            return latent(draw)
         case "deepseek_v32" | "glm_moe_dsa":
-            return latent(draw, q_lora_rank=18, index_head_dim=16, index_n_heads=2, index_topk=4)
+            return latent(draw, index_head_dim=16, index_n_heads=2, index_topk=4)
         case "glm4_moe":
-            bias, norm = draw.choice((True, False)), draw.choice((True, False))
-            return text(draw, attention_bias=bias, use_qk_norm=norm) | routed(draw)
+            kinds = {"attention_bias": draw.kind(True, False), "use_qk_norm": draw.kind(True, True, False)}
+            return text(draw) | routed(draw) | kinds
         case "dots1":
             return text(draw) | routed(draw)
         case "ernie4_5_moe":
             parts = {"moe_num_experts": 3, "moe_k": 2, "moe_intermediate_size": 12, "moe_num_shared_experts": 1}
-            return text(draw, head_dim=None, num_attention_heads=4, num_key_value_heads=2) | parts
+            return text(draw) | parts | _FOUR_HEADS | {"tie_word_embeddings": draw.kind(True, False)}
     raise AssertionError(model_type)
 
 
@@ -135,8 +147,7 @@ BY_TRANSFORMERS = (
 
 def saved(model_type: str, directory: Path, seed: int) -> Path:
     """A random model as transformers saves it; biases that it keeps in float32 stay so."""
-    draw = random.Random(f"{model_type}{seed}")
-    settings = {key: value for key, value in config(model_type, draw).items() if value is not None}
+    settings = {key: value for key, value in config(model_type, seed).items() if value is not None}
     made = transformers.AutoConfig.for_model(model_type, **settings)
     if "kv_lora_rank" in settings:
         made.q_lora_rank = settings.get("q_lora_rank")
@@ -389,7 +400,7 @@ def test_experts_are_stacked_with_their_gates_above_and_biases_of_one_row_are_ve
 
 
 def test_norms_of_latent_attention_kept_apart_and_numbered_experts_are_read(tmp_path: Path) -> None:
-    directory = with_mtp(saved("deepseek_v3", tmp_path / "model", _seed_with_q_lora()))
+    directory = with_mtp(saved("deepseek_v3", tmp_path / "model", 1))
     checkpoint, family, facts = opened(directory)
     plain = on_disk(checkpoint, family, facts, megatron.Layout(stacked=False))
     local = {}
@@ -405,7 +416,7 @@ def test_norms_of_latent_attention_kept_apart_and_numbered_experts_are_read(tmp_
 
 
 def test_a_fused_down_projection_is_taken_apart(tmp_path: Path) -> None:
-    directory = saved("deepseek_v3", tmp_path / "model", _seed_with_q_lora())
+    directory = saved("deepseek_v3", tmp_path / "model", 1)
     checkpoint, family, facts = opened(directory)
     hub = load_file(directory / "model.safetensors")
     fused = {}
@@ -424,11 +435,6 @@ def test_a_fused_down_projection_is_taken_apart(tmp_path: Path) -> None:
         for name in ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "input_layernorm"):
             whole = L.format(layer) + name + ".weight"
             assert raw(as_torch(back[whole], other)) == raw(hub[whole])
-
-
-def _seed_with_q_lora() -> int:
-    drawn = (s for s in range(9) if config("deepseek_v3", random.Random(f"deepseek_v3{s}"))["q_lora_rank"])
-    return next(drawn)
 
 
 def test_norms_before_experts_are_read_under_the_name_of_a_dense_mlps(tmp_path: Path) -> None:
