@@ -367,7 +367,8 @@ def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     if options.to == "fsdp_dtensor":
         layout = megatron.Layout(target.prefixes, False, True, target.split_parts, target.mtp)
     named, said = _in_megatron_dtypes(model, options)
-    stacks = model.family.stacked and options.to == "torch_dist"
+    alike = len(set(model.facts.layers)) == 1  # Megatron numbers the layers of a model with dense ones among others
+    stacks = model.family.stacked and alike and options.to == "torch_dist"
     tensors = megatron.on_disk(named, layout, model.facts.sizes, stack_layers=stacks)
     settings, warnings = megatron_config.to_megatron(model.config, model.family, model.facts)
     _check_divides(settings, options)
