@@ -11,7 +11,6 @@ from typing import Any
 
 from reshard.dialects.fuse import Transposed
 from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
-from reshard.errors import Mismatch
 from reshard.families.blocks import (
     DENSE,
     MODEL,
@@ -28,6 +27,7 @@ from reshard.families.blocks import (
     head_norms,
     input_norm,
     mlp_norm,
+    required,
     text_config,
 )
 
@@ -78,11 +78,7 @@ def _gemma(config: Config) -> Facts:
 
 def _gemma3_vl(config: Config) -> Facts:
     text: Mapping[str, Any] = {**_TEXT_DEFAULTS, **text_config(config)}
-    vision = config.get("vision_config")
-    try:
-        blocks = int(vision["num_hidden_layers"])  # type: ignore[index]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Mismatch(f"config.json of a gemma3 model lacks vision_config.num_hidden_layers: {error}") from error
+    (blocks,) = required(config.get("vision_config") or {}, "num_hidden_layers")
     facts = decoder({**config, "text_config": text}, tags=(*bias_tags(config), "vision"), tied=True)
     return replace(facts, counts={"block": blocks})
 

@@ -6,8 +6,7 @@ Checked: Mistral Small 3.1 24B, Ministral 3 3B, 8B and 14B in bfloat16.
 from __future__ import annotations
 
 from reshard.dialects.table import Config, Copy, Facts, Family, under
-from reshard.errors import Mismatch
-from reshard.families.blocks import DENSE, copied, decoder
+from reshard.families.blocks import DENSE, copied, decoder, required
 
 _PIXTRAL = (
     "patch_conv.weight",
@@ -36,11 +35,7 @@ _VISION = (
 
 
 def _facts(config: Config) -> Facts:
-    vision = config.get("vision_config")
-    try:
-        blocks = int(vision["num_hidden_layers"])  # type: ignore[index]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Mismatch(f"config.json of a mistral3 model lacks vision_config.num_hidden_layers: {error}") from error
+    (blocks,) = required(config.get("vision_config") or {}, "num_hidden_layers")
     tags = ("vision", "projector_bias") if config.get("multimodal_projector_bias") else ("vision",)
     return decoder(config, tags=tags, counts={"block": blocks})
 
