@@ -19,6 +19,7 @@ from itertools import product
 from typing import Any
 
 from reshard.dialects.fuse import SAME, Fuse, Rows
+from reshard.dialects.setting import Item
 
 Config = Mapping[str, Any]
 """A model's config.json."""
@@ -110,8 +111,8 @@ class Family:
     copies: tuple[Copy, ...] = ()
     stacked: bool = True
     """Whether layers are alike, so that torch_dist stores them under one key with the layers first."""
-    settings: tuple[tuple[str, Any], ...] = ()
-    """Megatron's settings that all models of the family have, such as `("qk_layernorm", True)`."""
+    settings: tuple[Item, ...] = ()
+    """What its models compute with, beside what all models have: see `setting.py`."""
     verified: str = ""
     """Against what the table was checked, in words."""
 

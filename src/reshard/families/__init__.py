@@ -12,7 +12,7 @@ from importlib import import_module
 
 from reshard.dialects.table import Family
 
-_SHARED = frozenset(("blocks", "gated_delta_net", "vision"))
+_SHARED = frozenset(("blocks", "gated_delta_net", "settings", "vision"))
 """Modules of what several families share."""
 
 

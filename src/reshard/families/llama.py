@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import DENSE, TIED_HEAD, bias_tags, decoder, head_norms
+from reshard.families.settings import biases, epsilon, provider, rotary, window
 
 
 def _llama(config: Config) -> Facts:
@@ -38,6 +39,7 @@ FAMILIES = (
         DENSE,
         _llama,
         copies=TIED_HEAD,
+        settings=(biases("mlp_bias", qkv="attention_bias"),),
         verified="Megatron-LM 0.11 to 0.20 and Megatron-Bridge, bit for bit",
     ),
     Family(
@@ -47,6 +49,7 @@ FAMILIES = (
         DENSE,
         _mistral,
         copies=TIED_HEAD,
+        settings=(provider("mistral.mistral_provider.MistralModelProvider"), window(4096)),
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(
@@ -56,7 +59,7 @@ FAMILIES = (
         DENSE,
         _qwen2,
         copies=TIED_HEAD,
-        settings=(("add_qkv_bias", True),),
+        settings=(("add_qkv_bias", True), window(4096, layers=True)),
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(
@@ -66,7 +69,7 @@ FAMILIES = (
         (*DENSE, *head_norms()),
         _llama,
         copies=TIED_HEAD,
-        settings=(("qk_layernorm", True),),
+        settings=(("qk_layernorm", True), biases(qkv="attention_bias"), window(4096, layers=True)),
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(
@@ -76,6 +79,7 @@ FAMILIES = (
         DENSE,
         _seed_oss,
         copies=TIED_HEAD,
+        settings=(biases("attention_out_bias", "mlp_bias", qkv="attention_bias"),),
         verified="names of Megatron-LM's own modules only",
     ),
     Family(
@@ -85,7 +89,12 @@ FAMILIES = (
         DENSE,
         _ernie,
         copies=TIED_HEAD,
-        settings=(("rotary_interleaved", True),),
+        settings=(
+            ("rotary_interleaved", True),
+            *rotary(500000.0),
+            epsilon("rms_norm_eps", 1e-5),
+            biases("use_bias"),
+        ),
         verified="names of mcore-bridge only",
     ),
 )

@@ -7,6 +7,7 @@ MiniMax-M2 normalises all queries of a token together, and all keys; the weights
 
 from __future__ import annotations
 
+from reshard.dialects.setting import Always, Rule, Values
 from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import (
     MODEL,
@@ -20,6 +21,7 @@ from reshard.families.blocks import (
     moe_norm,
     router,
 )
+from reshard.families.settings import SIGMOID, epsilon, moe, rotary, window
 
 _LAYER = (
     *input_norm(),
@@ -38,6 +40,17 @@ def _minimax(config: Config) -> Facts:
     return decoder(config, tags=("expert_bias",), counts=expert_count(config))
 
 
+def _rotary_dim(config: Values, facts: Facts) -> Values:
+    """MiniMax-M2 counts the numbers of a head that are turned."""
+    size = facts.sizes["head_dim"]
+    return {"rotary_percent": config.get("rotary_dim", size) / size}
+
+
+def _rotary_dim_config(settings: Values) -> Values:
+    head = settings.get("kv_channels") or settings["hidden_size"] // settings["num_attention_heads"]
+    return {"rotary_dim": round(head * settings["rotary_percent"])}
+
+
 FAMILIES = (
     Family(
         "mixtral",
@@ -46,6 +59,12 @@ FAMILIES = (
         (*MODEL, *_LAYER),
         _mixtral,
         copies=TIED_HEAD,
+        settings=(
+            *moe("num_local_experts", size="intermediate_size"),
+            *rotary(1e6),
+            epsilon("rms_norm_eps", 1e-5),
+            window(),
+        ),
         verified="Megatron-LM 0.8 to 0.20, bit for bit",
     ),
     Family(
@@ -57,8 +76,13 @@ FAMILIES = (
         copies=TIED_HEAD,
         settings=(
             ("qk_layernorm", True),
-            ("moe_router_score_function", "sigmoid"),
-            ("moe_router_enable_expert_bias", True),
+            *moe("num_local_experts", size="intermediate_size"),
+            *SIGMOID,
+            Always("use_routing_bias", True),
+            Always("scoring_func", "sigmoid"),
+            *rotary(5e6),
+            Rule("rotary_percent", _rotary_dim, _rotary_dim_config),
+            ("transformer_layer_spec", "minimax_m2_layer_spec"),
         ),
         verified="the names of Megatron-Bridge and transformers",
     ),

@@ -28,6 +28,7 @@ from reshard.families.blocks import (
     shared_experts,
     text_config,
 )
+from reshard.families.settings import GATED_SHARED, NORMED, SOME_DENSE, biases, moe, window
 
 
 def _layers(text: Mapping[str, Any]) -> Iterator[tuple[str]]:
@@ -68,7 +69,14 @@ FAMILIES = (
         (*MODEL, *_LAYER, *_SHARED),
         _qwen2,
         copies=TIED_HEAD,
-        settings=(("moe_shared_expert_gate", True),),
+        settings=(
+            *moe("num_experts"),
+            NORMED,
+            SOME_DENSE,
+            *GATED_SHARED,
+            biases(qkv="qkv_bias"),
+            window(4096, layers=True),
+        ),
         verified="the names of transformers, and of Megatron's modules",
     ),
     Family(
@@ -78,7 +86,14 @@ FAMILIES = (
         (*MODEL, *_LAYER, *head_norms()),
         _qwen3,
         copies=TIED_HEAD,
-        settings=(("qk_layernorm", True),),
+        settings=(
+            ("qk_layernorm", True),
+            *moe("num_experts"),
+            NORMED,
+            SOME_DENSE,
+            biases(qkv="attention_bias"),
+            window(4096),
+        ),
         verified="Megatron-Bridge import, bit for bit",
     ),
 )

@@ -191,7 +191,9 @@ def _understood(
 
     where, settings = opened.located.weights, opened.settings
     if reference is None:
-        found = megatron_config.recognise(settings, families(), tensors)
+        found = megatron_config.recognise(
+            settings.values, families(), tensors, vocab_size=settings.vocab_size, hf_model_id=settings.hf_model_id
+        )
         return found.family, found.config, found.notices
     family = by_config(reference.config)
     if family is None:
@@ -199,7 +201,7 @@ def _understood(
             f"{reference.path}: {reference.config.get('model_type')} is not a known model type",
             hint="`reshard families` lists what is known",
         )
-    against = megatron_config.check_config(reference.config, settings)
+    against = megatron_config.check_config(reference.config, settings.values)
     if against:
         raise Mismatch(
             f"{where} is not a checkpoint of {reference.path}: {'; '.join(against)}",
@@ -360,7 +362,7 @@ def _config_dtype(config: Mapping[str, Any]) -> DType | None:
 
 
 def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
-    from reshard.dialects import megatron_config
+    from reshard.dialects import megatron_config, run_config
 
     target = target_named(options.target)
     layout = megatron.TORCH_DIST
@@ -372,7 +374,7 @@ def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     tensors = megatron.on_disk(named, layout, model.facts.sizes, stack_layers=stacks)
     settings, warnings = megatron_config.to_megatron(model.config, model.family, model.facts)
     _check_divides(settings, options)
-    text = megatron_config.run_config(
+    text = run_config.run_config(
         settings, ckpt_format=options.to, tp=options.tp, pp=options.pp, cp=options.cp, ep=options.ep,
         hf_model_id=options.hf_model or str(model.checkpoint.origin.path),
     )  # fmt: skip
@@ -384,7 +386,7 @@ def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     else:
         notices.append(f"written for {target.name}: {target.releases}")
         files = fsdp_dtensor.plan(
-            tensors, target=target, args=megatron_config.args(settings) if target.has_args else None,
+            tensors, target=target, args=run_config.args(settings) if target.has_args else None,
             run_config=text, tokenizer=assets, max_file_nbytes=_max_nbytes(options),
         )  # fmt: skip
     checkpoint = replace(
