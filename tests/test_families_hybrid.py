@@ -99,7 +99,7 @@ def expert_sizes(draw: random.Random) -> dict[str, Any]:
 
 
 def vision_sizes(draw: random.Random, hidden: int) -> dict[str, Any]:
-    heads = draw.choice((1, 2, 4))
+    heads = draw.choice((2, 3, 4))
     return {
         "depth": draw.choice((1, 2)),
         "num_heads": heads,
