@@ -22,6 +22,8 @@ from reshard.core.dtypes import dtype
 from reshard.core.tensor import Array, Literal, Tensor
 from reshard.dialects import fuse
 from reshard.dialects.fuse import (
+    Beside,
+    Chained,
     Glu,
     HeadQkv,
     Interleaved,
@@ -30,8 +32,10 @@ from reshard.dialects.fuse import (
     PackedQkv,
     Padded,
     Qkv,
+    Rotary,
     Rows,
     Same,
+    Stacked,
     Transposed,
     ZeroCentred,
 )
@@ -183,13 +187,50 @@ def padded(draw: st.DrawFn, tail: tuple[int, ...]) -> Case:
 def moved(draw: st.DrawFn, tail: tuple[int, ...]) -> Case:
     part = numbers(draw(st.integers(1, 5)), *tail)
     if draw(st.booleans()):
-        return Case(Transposed(), {}, (part,), part.T if part.ndim == 2 else part, counted=False)
+        return Case(Transposed(), {}, (part,), part.swapaxes(-1, -2) if tail else part, counted=False)
     return Case(Same(), {}, (part,), part, counted=False)
 
 
 def one_row(draw: st.DrawFn, tail: tuple[int, ...]) -> Case:
     part = numbers(1, draw(st.integers(1, 5)))
     return Case(OneRow(), {}, (part,), part[0], counted=False)
+
+
+def beside(draw: st.DrawFn, tail: tuple[int, ...]) -> Case:
+    shape, num_parts = (draw(st.integers(1, 4)), *tail), draw(st.integers(1, 3))
+    parts = tuple(numbers(*shape) for _ in range(num_parts))
+    return Case(Beside(num_parts), {}, parts, np.concatenate(parts, -1), counted=False)
+
+
+def by_pairs(part: int, heads: int, size: int) -> Order:
+    """Rows of a head 0, size / 2, 1, size / 2 + 1, ..."""
+    for head in range(heads):
+        for i in range(size // 2):
+            yield from ((part, head * size + i), (part, head * size + size // 2 + i))
+
+
+def rotary(draw: st.DrawFn, tail: tuple[int, ...]) -> Case:
+    heads, size = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 3))
+    part = numbers(heads * size, *tail)
+    return Case(Rotary("heads"), {"heads": heads}, (part,), picked((part,), by_pairs(0, heads, size)))
+
+
+def rotary_qkv(draw: st.DrawFn, tail: tuple[int, ...]) -> Case:
+    sizes = grouping(draw)
+    sizes["head_dim"] *= 2
+    heads, groups, size = sizes["heads"], sizes["groups"], sizes["head_dim"]
+    q, k, v = numbers(heads * size, *tail), numbers(groups * size, *tail), numbers(groups * size, *tail)
+    paired = picked((q,), by_pairs(0, heads, size)), picked((k,), by_pairs(0, groups, size)), v
+    chained = Chained(Qkv(), (Rotary("heads"), Rotary("groups"), Same()))
+    return Case(chained, sizes, (q, k, v), picked(paired, qkv_order(sizes)))
+
+
+def stacked(draw: st.DrawFn, tail: tuple[int, ...]) -> Case:
+    experts, half, gated = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.booleans())
+    parts = tuple(numbers(half, *tail) for _ in range(experts * (1 + gated)))
+    whole = np.stack([np.concatenate(parts[expert::experts]) for expert in range(experts)])
+    of = Stacked(Glu(), 2, whole.ndim) if gated else Stacked(Same(), 1, whole.ndim)
+    return Case(of, {}, parts, whole, counted=False)
 
 
 BUILDERS: dict[str, Callable[[st.DrawFn, tuple[int, ...]], Case]] = {
@@ -204,6 +245,10 @@ BUILDERS: dict[str, Callable[[st.DrawFn, tuple[int, ...]], Case]] = {
     "Same": moved,
     "Transposed": moved,
     "OneRow": one_row,
+    "Beside": beside,
+    "Rotary": rotary,
+    "Chained": rotary_qkv,
+    "Stacked": stacked,
 }
 
 
@@ -217,7 +262,7 @@ def test_every_fuse_is_drawn_here() -> None:
         for name, kind in inspect.getmembers(fuse, inspect.isclass)
         if kind.__module__ == fuse.__name__ and hasattr(kind, "join") and name != "Fuse"
     }
-    assert of_module == {*BUILDERS, "ZeroCentred"}
+    assert of_module == {*BUILDERS, "ZeroCentred", "Dropped"}
 
 
 @given(cases())
@@ -279,7 +324,18 @@ def test_parts_of_other_widths_or_dtypes_are_a_mismatch(data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize(
-    "of", [Qkv(), PackedQkv(), HeadQkv("heads"), Glu(), Glu(packed=True), InterleavedGlu(), Padded()]
+    "of",
+    [
+        Qkv(),
+        PackedQkv(),
+        HeadQkv("heads"),
+        Glu(),
+        Glu(packed=True),
+        InterleavedGlu(),
+        Padded(),
+        Rotary("heads"),
+        Beside(1),
+    ],
 )
 def test_a_scalar_is_a_mismatch_and_no_crash(of: fuse.Fuse) -> None:
     sizes = {"heads": 2, "groups": 1, "head_dim": 2, "vocab": 3}

@@ -7,6 +7,10 @@ the shapes do not tell (heads, groups, ...) come by name from the model's facts.
     GatedQkv    the same, with the output gates of the group's heads between q and k
     Glu         [gate; up]
     Rows        parts one below the other, each of a named number of rows
+    Beside      parts next to each other, each of as many columns
+    Rotary      rows of a head by pairs or by halves
+    Chained     a fuse whose parts have a fuse each
+    Stacked     what a fuse makes of the parts of each number, along a new first dimension
 
 Legend of shapes: R query heads in a group, G groups, D size of a head.
 """
@@ -19,8 +23,8 @@ from typing import Protocol
 
 from reshard.core.compute import shift
 from reshard.core.dtypes import DType
-from reshard.core.tensor import Filled, Tensor, concat, unsqueeze
-from reshard.errors import Mismatch
+from reshard.core.tensor import Filled, Tensor, concat, stack, unsqueeze
+from reshard.errors import Mismatch, listed
 
 Sizes = Mapping[str, int]
 """Named sizes of a model: `heads`, `groups`, `head_dim`, `vocab`, ..."""
@@ -202,7 +206,7 @@ class Interleaved:
 
 @dataclass(frozen=True, slots=True)
 class Transposed:
-    """The hub's matrix (in, out), the dialect's (out, in); vectors are the same in both."""
+    """The hub's matrices (..., in, out), the dialect's (..., out, in); vectors are the same in both."""
 
     def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
         return _transposed(parts[0])
@@ -270,6 +274,106 @@ class ZeroCentred:
         return (shift(tensor, 1.0),)
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Hub tensors of one shape next to each other: in the last dimension."""
+
+    count: int
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        _expect_same(parts)
+        return concat(list(parts), len(parts[0].shape) - 1)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        columns = tensor.shape[-1] if tensor.shape else 0
+        _expect(columns > 0 and columns % self.count == 0, f"{columns} columns are not those of {self.count} parts")
+        before, each = (slice(None),) * (len(tensor.shape) - 1), columns // self.count
+        return tuple(tensor[(*before, slice(n * each, (n + 1) * each))] for n in range(self.count))
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """A projection to heads: pairs of neighbouring rows in the dialect, first and second halves on the hub."""
+
+    heads: str
+    """The name of the size that counts the heads."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        heads, half = self._halves(parts[0], sizes)
+        return self._turned(parts[0], (heads, 2, half))
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        heads, half = self._halves(tensor, sizes)
+        return (self._turned(tensor, (heads, half, 2)),)
+
+    def _halves(self, tensor: Tensor, sizes: Sizes) -> tuple[int, int]:
+        heads, rows = sizes[self.heads], _num_rows(tensor)
+        if not rows or rows % (2 * heads):
+            shape = list(tensor.shape)
+            raise Mismatch(f"shape {shape} does not divide into {2 * heads} blocks of rows, as the config implies")
+        return heads, rows // (2 * heads)
+
+    @staticmethod
+    def _turned(tensor: Tensor, outer: tuple[int, int, int]) -> Tensor:
+        rows = tensor.unflatten(0, outer)
+        return rows.permute(0, 2, 1, *range(3, len(rows.shape))).flatten(0, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Chained:
+    """A fuse whose parts go each through a fuse of their own, of one tensor, before they are the hub's."""
+
+    fuse: Fuse
+    parts: tuple[Fuse, ...]
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        return self.fuse.join([f.join([p], sizes) for f, p in zip(self.parts, parts, strict=True)], sizes)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        parts = self.fuse.split(tensor, sizes)
+        return tuple(f.split(p, sizes)[0] for f, p in zip(self.parts, parts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What the dialect needs and the hub has no place for."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        raise Mismatch("the hub has no tensor for it")
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Experts in one tensor of the dialect: what `fuse` makes of the parts of each, along a new first dimension.
+
+    The hub's parts come by kind: the first part of every expert, then the second of every expert, and so on.
+    """
+
+    fuse: Fuse
+    width: int
+    """How many parts an expert has."""
+    num_dims: int = 3
+    """Of the dialect's tensor."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        count = len(parts) // self.width
+        whole = [self.fuse.join(parts[expert::count], sizes) for expert in range(count)]
+        _expect_same(whole)
+        return stack(whole)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        said = f"shape {list(tensor.shape)} is not that of fused experts"
+        _expect(len(tensor.shape) == self.num_dims and 0 not in tensor.shape, said)
+        try:
+            experts = [self.fuse.split(tensor[expert], sizes) for expert in range(tensor.shape[0])]
+        except Mismatch as error:
+            raise Mismatch(f"{said}: {error}") from error
+        return tuple(part for kind in zip(*experts, strict=True) for part in kind)
+
+
 SAME, GLU, QKV, PADDED = Same(), Glu(), Qkv(), Padded()
 
 
@@ -287,7 +391,8 @@ def _cut(tensor: Tensor, counts: Sequence[int], what: str) -> tuple[Tensor, ...]
 
 
 def _transposed(tensor: Tensor) -> Tensor:
-    return tensor.permute(1, 0) if len(tensor.shape) == 2 else tensor
+    last = len(tensor.shape) - 1
+    return tensor.permute(*range(last - 1), last, last - 1) if last > 0 else tensor
 
 
 def _by_turns(tensor: Tensor, outer: tuple[int, int]) -> Tensor:
@@ -308,8 +413,18 @@ def _num_rows(tensor: Tensor) -> int:
 def _expect_alike(parts: Sequence[Tensor]) -> None:
     """Raise Mismatch when parts do not lie one below the other: another dtype, dimension or width."""
     kinds = {(part.dtype.name, len(part.shape), part.shape[1:]) for part in parts}
-    found = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
-    _expect(len(kinds) == 1 and bool(parts[0].shape), f"parts {found} do not make one tensor")
+    if len(kinds) != 1 or not parts[0].shape:
+        raise Mismatch(f"parts {_kinds(parts)} do not make one tensor")
+
+
+def _expect_same(parts: Sequence[Tensor]) -> None:
+    """Raise Mismatch when parts differ in dtype or shape, or have none."""
+    if len({(part.dtype.name, part.shape) for part in parts}) != 1 or not parts[0].shape:
+        raise Mismatch(f"parts {_kinds(parts)} are not alike")
+
+
+def _kinds(parts: Sequence[Tensor]) -> str:
+    return listed(dict.fromkeys(f"{part.dtype} {list(part.shape)}" for part in parts))
 
 
 def _expect_rows(tensor: Tensor, rows: int, what: str) -> None:
