@@ -1,4 +1,4 @@
-"""Dense families: transformers' models to Megatron's files and back, bit for bit; megatron-core's own modules as oracle."""
+"""Dense families: transformers' models to Megatron's files and back, bit for bit; megatron-core as second oracle."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from reshard.core.checkpoint import Checkpoint
-from reshard.core.tensor import Tensor
+from reshard.core.checkpoint import Checkpoint, Origin
+from reshard.core.dtypes import dtype
+from reshard.core.tensor import Filled, Tensor
 from reshard.dialects import apply, megatron
 from reshard.dialects.table import Facts, Family, copies, entries, variants
 from reshard.dialects.transformers import to_hub as from_modules
 from reshard.errors import Incomplete, Mismatch
 from reshard.families import baichuan, exaone4, gemma, glm4, llama, mistral3, nemotron, phi, starcoder2
 from reshard.formats import open_path
+from reshard.storage.files import LazySource
 
 FAMILIES = {
     model_type: family
@@ -31,6 +32,7 @@ FAMILIES = {
     for model_type in family.model_types
 }
 FSDP = megatron.Layout(prefixes=("model.module.",), stacked=False, halves=True)
+BF16 = dtype("BF16")
 D, L = "decoder.layers.{}.", "model.layers.{}."
 
 
@@ -108,12 +110,12 @@ SWITCHES = {
 BY_TRANSFORMERS = tuple(model_type for model_type in FAMILIES if model_type != "baichuan")
 
 
-def built(model_type: str, seed: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+def built(model_type: str, seed: int) -> Any:
     """A model of random weights, norms and biases included."""
     made = transformers.AutoConfig.for_model(model_type, **config(model_type, random.Random(f"{model_type}{seed}")))
     torch.manual_seed(seed)
     kind = AutoModelForImageTextToText if model_type in ("gemma3", "mistral3") else AutoModelForCausalLM
-    model = kind.from_config(made, dtype=dtype)
+    model = kind.from_config(made, dtype=torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape))
@@ -200,3 +202,278 @@ def test_a_model_of_transformers_comes_back_from_megatrons_files_bit_for_bit(
 
 def test_baichuan_comes_back_from_megatrons_files_bit_for_bit(tmp_path: Path) -> None:
     check_walk(as_baichuan(tmp_path / "model"))
+
+
+def test_a_padded_vocabulary_is_padded_with_zeros_and_cut_again(tmp_path: Path) -> None:
+    checkpoint, family, facts = opened(saved("phi3", tmp_path / "model"))
+    padded = facts.sized(padded_vocab=256)
+    disk = on_disk(checkpoint, family, padded, megatron.TORCH_DIST)
+    embedding = as_torch(disk["embedding.word_embeddings.weight"], checkpoint)
+    assert embedding.shape[0] == 256
+    assert not embedding[facts.sizes["vocab"] :].any()
+    back = {name: bits(tensor, checkpoint) for name, tensor in from_disk(disk, family, padded).items()}
+    assert back == truth(tmp_path / "model")
+
+
+def test_names_of_the_local_spec_and_of_other_bridges_are_read(tmp_path: Path) -> None:
+    for model_type, renamed in OTHER_NAMES.items():
+        checkpoint, family, facts = opened(saved(model_type, tmp_path / model_type))
+        named = apply.to_megatron(checkpoint.tensors, family, facts)
+        others = {_replaced(name, renamed): tensor.tensor for name, tensor in named.items()}
+        assert len(set(others) - set(named)) >= len(renamed)
+        back = {name: bits(tensor, checkpoint) for name, tensor in apply.to_hub(others, family, facts).items()}
+        assert back == truth(tmp_path / model_type)
+
+
+LOCAL = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+OTHER_NAMES = {
+    "llama": LOCAL,
+    "nemotron": LOCAL,
+    "phi3": LOCAL,
+    "gemma2": {
+        "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
+        "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
+    },
+    "glm4": {
+        "post_self_attn_layernorm": "self_attention.post_self_attn_layernorm",
+        "post_mlp_layernorm": "mlp.post_mlp_layernorm",
+    },
+    "gemma3": {"vision_tower.": "vision_tower.vision_model."},
+}
+
+
+def _replaced(name: str, renamed: Mapping[str, str]) -> str:
+    old = next((old for old in renamed if old in name), None)
+    return name if old is None else name.replace(old, renamed[old])
+
+
+# -------------------------------------------------------------------------------------- against plain torch arithmetic
+
+
+def by_group(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: int) -> torch.Tensor:
+    """Query heads of a group, its key, its value, group after group."""
+    return torch.cat([part for trio in zip(*(x.chunk(groups) for x in (q, k, v)), strict=True) for part in trio])
+
+
+def as_torch(tensor: Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+    data = torch.frombuffer(bytearray(tensor.read(checkpoint.source).tobytes()), dtype=torch.uint8)
+    return data.view(getattr(torch, tensor.dtype.torch)).reshape(tensor.shape)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "seed_oss", "gemma2", "starcoder2", "phi3", "baichuan"])
+def test_fused_projections_are_what_plain_torch_makes(model_type: str, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    checkpoint, family, facts = opened(
+        as_baichuan(directory) if model_type == "baichuan" else saved(model_type, directory, seed=1)
+    )
+    hub = load_file(directory / "model.safetensors")
+    groups, heads = facts.sizes["groups"], facts.sizes["heads"]
+    named = apply.to_megatron(checkpoint.tensors, family, facts)
+    for layer in range(len(facts.layers)):
+        at, to = L.format(layer), D.format(layer)
+        for kind in ("weight", "bias"):
+            packed = hub.get(f"{at}self_attn.qkv_proj.{kind}", hub.get(f"{at}self_attn.W_pack.{kind}"))
+            if packed is not None:
+                rows = [heads * facts.sizes["head_dim"], *[groups * facts.sizes["head_dim"]] * 2]
+                q, k, v = packed.split(rows)
+            elif f"{at}self_attn.q_proj.{kind}" in hub:
+                q, k, v = (hub[f"{at}self_attn.{x}_proj.{kind}"] for x in "qkv")
+            else:
+                assert f"{to}self_attention.linear_qkv.{kind}" not in named
+                continue
+            ours = as_torch(named[f"{to}self_attention.linear_qkv.{kind}"].tensor, checkpoint)
+            assert torch.equal(ours, by_group(q, k, v, groups))
+        fc1 = as_torch(named[f"{to}mlp.linear_fc1.weight"].tensor, checkpoint)
+        names = ("gate_up_proj",) if model_type == "phi3" else ("gate_proj", "up_proj")
+        names = ("c_fc",) if model_type == "starcoder2" else names
+        assert torch.equal(fc1, torch.cat([hub[f"{at}mlp.{name}.weight"] for name in names]))
+
+
+def test_gemma_3s_projection_of_pictures_is_turned(tmp_path: Path) -> None:
+    checkpoint, family, facts = opened(saved("gemma3", tmp_path / "model"))
+    hub = load_file(tmp_path / "model" / "model.safetensors")
+    named = apply.to_megatron(checkpoint.tensors, family, facts)
+    ours = as_torch(named["multi_modal_projector.proj.weight"].tensor, checkpoint)
+    assert torch.equal(ours, hub["multi_modal_projector.mm_input_projection_weight"].T)
+
+
+# ------------------------------------------------------------------------------------------------- published configs
+
+
+def published(model_type: str, sizes: str, **changes: Any) -> dict[str, Any]:
+    """What config.json on the hub says: hidden, intermediate, layers, heads, key-value heads, vocabulary."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    numbers = dict(zip((*keys, "vocab_size"), map(int, sizes.split()), strict=True))
+    return {"model_type": model_type} | numbers | changes
+
+
+TIED, UNTIED, WIDE = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, {"head_dim": 128}
+SIGLIP_400M = {
+    "hidden_size": 1152,
+    "image_size": 896,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+PIXTRAL_400M = {
+    "head_dim": 64,
+    "hidden_size": 1024,
+    "image_size": 1540,
+    "intermediate_size": 4096,
+    "model_type": "pixtral",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+}
+GEMMA3_4B = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+GEMMA3_27B = {
+    "head_dim": 128,
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 16,
+}
+
+PUBLISHED = {
+    "Llama 2 7B": published("llama", "4096 11008 32 32 32 32000", **UNTIED),
+    "Llama 3.1 405B": published("llama", "16384 53248 126 128 8 128256", attention_bias=False, mlp_bias=False),
+    "Llama 3.2 1B": published("llama", "2048 8192 16 32 8 128256", head_dim=64, **TIED),
+    "Yi 1.5 9B": published("llama", "4096 11008 48 32 4 64000", **UNTIED),
+    "DeepSeek LLM 67B": published("llama", "8192 22016 95 64 8 102400", **UNTIED),
+    "Mistral 7B": published("mistral", "4096 14336 32 32 8 32000", **UNTIED),
+    "Mistral Nemo": published("mistral", "5120 14336 40 32 8 131072", **WIDE),
+    "Qwen2.5 0.5B": published("qwen2", "896 4864 24 14 2 151936", **TIED),
+    "Qwen2.5 7B": published("qwen2", "3584 18944 28 28 4 152064", **UNTIED),
+    "Qwen3 0.6B": published("qwen3", "1024 3072 28 16 8 151936", attention_bias=False, **WIDE, **TIED),
+    "Qwen3 8B": published("qwen3", "4096 12288 36 32 8 151936", attention_bias=False, **WIDE, **UNTIED),
+    "Seed-OSS 36B": published(
+        "seed_oss",
+        "5120 27648 64 80 8 155136",
+        attention_bias=True,
+        attention_out_bias=False,
+        mlp_bias=False,
+        **WIDE,
+        **UNTIED,
+    ),
+    "ERNIE 4.5 0.3B": published("ernie4_5", "1024 3072 18 16 2 103424", use_bias=False, **WIDE, **TIED),
+    "Gemma 2B": published("gemma", "2048 16384 18 8 1 256000", head_dim=256),
+    "Gemma 2 27B": published("gemma2", "4608 36864 46 32 16 256000", **WIDE),
+    "Gemma 3 1B": published("gemma3_text", "1152 6912 26 4 1 262144", head_dim=256),
+    "Gemma 3 4B": {"model_type": "gemma3", "text_config": GEMMA3_4B, "vision_config": SIGLIP_400M},
+    "Gemma 3 27B": {"model_type": "gemma3", "text_config": GEMMA3_27B, "vision_config": SIGLIP_400M},
+    "Minitron 4B": published("nemotron", "3072 9216 32 24 8 256000", attention_bias=False, mlp_bias=False, **WIDE),
+    "Nemotron-4 340B": published("nemotron", "18432 73728 96 96 8 256000", **UNTIED),
+    "StarCoder2 3B": published("starcoder2", "3072 12288 30 24 2 49152", use_bias=True),
+    "StarCoder2 15B": published("starcoder2", "6144 24576 40 48 4 49152", use_bias=True),
+    "Phi-3 mini": published("phi3", "3072 8192 32 32 32 32064", **UNTIED),
+    "Phi-4": published("phi3", "5120 17920 40 40 10 100352", **UNTIED),
+    "Phi-4 mini": published("phi3", "3072 8192 32 24 8 200064", partial_rotary_factor=0.75, **TIED),
+    "GLM-4 9B": published("glm", "4096 13696 40 32 2 151552", attention_bias=True, **WIDE, **UNTIED),
+    "GLM-4 0414 9B": published("glm4", "4096 13696 40 32 2 151552", attention_bias=True, **WIDE, **UNTIED),
+    "EXAONE 4.0 1.2B": published("exaone4", "2048 4096 30 32 8 102400", head_dim=64, **TIED),
+    "EXAONE 4.0 32B": published("exaone4", "5120 27392 64 40 8 102400", **WIDE, **UNTIED),
+    "Mistral Small 3.1 24B": {
+        "model_type": "mistral3",
+        "multimodal_projector_bias": False,
+        "text_config": published("mistral", "5120 32768 40 32 8 131072", **WIDE),
+        "tie_word_embeddings": False,
+        "vision_config": PIXTRAL_400M,
+    },
+    "Ministral 3 3B": {
+        "model_type": "mistral3",
+        "multimodal_projector_bias": False,
+        "text_config": published("ministral3", "3072 9216 26 32 8 131072", **WIDE, **TIED),
+        "vision_config": PIXTRAL_400M,
+    },
+}
+
+
+def without_elements(config: dict[str, Any]) -> dict[str, Tensor]:
+    """Names and shapes of the tensors that transformers' class has, under the hub's names, each tied one once."""
+    composed = "vision_config" in config
+    made = transformers.AutoConfig.for_model(**json.loads(json.dumps(config)))
+    with torch.device("meta"):
+        model = (AutoModelForImageTextToText if composed else AutoModelForCausalLM).from_config(made)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if made.get_text_config().tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    tensors = {name: Filled(BF16, shape, b"\0\0") for name, shape in shapes.items()}
+    return dict(from_modules(Checkpoint(tensors, Origin(Path("model"), "test"), LazySource()), config).tensors)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_gives_the_tensors_that_transformers_has(name: str) -> None:
+    config = PUBLISHED[name]
+    family = FAMILIES[config["model_type"]]
+    hub, facts = without_elements(config), family.facts(config)
+    named = apply.to_megatron(hub, family, facts)
+    back = apply.to_hub({key: each.tensor for key, each in named.items()}, family, facts)
+    assert {key: tensor.shape for key, tensor in back.items()} == {key: tensor.shape for key, tensor in hub.items()}
+
+
+def test_heads_that_a_config_of_llama_1_does_not_group_are_all_key_value_heads() -> None:
+    config = published("llama", "4096 11008 32 32 32 32000")
+    del config["num_key_value_heads"]
+    assert FAMILIES["llama"].facts(config).sizes["groups"] == 32
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers"])
+def test_a_size_that_is_missing_is_named(key: str) -> None:
+    config = {k: v for k, v in PUBLISHED["Llama 2 7B"].items() if k != key}
+    with pytest.raises(Mismatch, match=key):
+        FAMILIES["llama"].facts(config)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "mistral3"])
+def test_a_tower_without_a_number_of_layers_is_named(model_type: str) -> None:
+    config = {"model_type": model_type, "text_config": GEMMA3_27B | {"vocab_size": 9}, "vision_config": {}}
+    with pytest.raises(Mismatch, match="num_hidden_layers"):
+        FAMILIES[model_type].facts(config)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+ON_THE_HUB_ONLY = {"Baichuan2 7B": {**PUBLISHED["Llama 2 7B"], "model_type": "baichuan", "vocab_size": 125696}}
+
+
+@pytest.mark.parametrize(
+    "published", [*PUBLISHED.values(), *ON_THE_HUB_ONLY.values()], ids=[*PUBLISHED, *ON_THE_HUB_ONLY]
+)
+def test_a_table_is_a_bijection_and_variants_are_other_names_of_the_same(published: dict[str, Any]) -> None:
+    family = FAMILIES[published["model_type"]]
+    facts = family.facts(published)
+    table = entries(family, facts)
+    hub = [tensor for entry in table for tensor in entry.hub]
+    others = variants(family, facts)
+    assert len({entry.name for entry in table}) == len(table)
+    assert len(set(hub)) == len(hub)
+    assert not {entry.name for entry in table} & set(others)
+    assert {entry.hub for entry in others.values()} <= {entry.hub for entry in table}
+
+
+def test_a_head_beside_a_tied_embedding_is_known_as_its_copy() -> None:
+    for model_type in ("qwen2", "gemma", "starcoder2"):
+        family = FAMILIES[model_type]
+        facts = family.facts(published(model_type, "32 20 1 2 1 67", **TIED))
+        assert [(copy.name, copy.of) for copy in copies(family, facts)] == [
+            ("lm_head.weight", "model.embed_tokens.weight")
+        ]
+
+
+def test_a_tensor_too_many_and_one_too_few_are_named(tmp_path: Path) -> None:
+    checkpoint, family, facts = opened(saved("nemotron", tmp_path / "model"))
+    tensors = dict(checkpoint.tensors)
+    norm = tensors.pop("model.norm.bias")
+    with pytest.raises(Incomplete, match=r"model\.norm\.bias"):
+        apply.to_megatron(tensors, family, facts)
+    with pytest.raises(Mismatch, match=r"model\.norm\.beta"):
+        apply.to_megatron(tensors | {"model.norm.beta": norm}, family, facts)

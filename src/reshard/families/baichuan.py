@@ -1,6 +1,6 @@
 """Baichuan 2: Llama with query, key and value packed on the hub, as many key-value heads as heads.
 
-Checked: Baichuan2 7B and 13B.
+Checked: Baichuan2 7B.
 """
 
 from __future__ import annotations

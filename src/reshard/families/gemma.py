@@ -1,6 +1,6 @@
 """Gemma 1, 2 and 3, the last one also with its vision tower.
 
-Checked: Gemma 2B and 7B, Gemma 2 2B, 9B and 27B, Gemma 3 270M, 1B, 4B, 12B and 27B. Norms are w of (1 + w) in both.
+Checked: Gemma 2B, Gemma 2 27B, Gemma 3 1B, 4B and 27B. Norms are w of (1 + w) in both.
 """
 
 from __future__ import annotations

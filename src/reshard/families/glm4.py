@@ -1,6 +1,6 @@
 """GLM-4 without experts: norms after the attention and the MLP too, gate and up packed on the hub.
 
-Checked: GLM-4 9B (transformers' layout), GLM-4 0414 9B and 32B, GLM-Z1.
+Checked: GLM-4 9B (transformers' layout), GLM-4 0414 9B.
 """
 
 from __future__ import annotations

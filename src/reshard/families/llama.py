@@ -1,7 +1,7 @@
 """Llama and the families that are built like it.
 
-Checked: Llama 1, 2, 3, 3.1 and 3.2, Yi 1.5, DeepSeek-LLM 7B and R1-Distill, Mistral 7B and Nemo, Ministral 8B,
-Qwen2 and Qwen2.5, Qwen3 dense, Seed-OSS 36B, ERNIE 4.5 0.3B.
+Checked: Llama 2 7B, 3.1 405B and 3.2 1B, Yi 1.5 9B, DeepSeek LLM 67B, Mistral 7B and Nemo, Qwen2.5 0.5B and 7B,
+Qwen3 0.6B and 8B, Seed-OSS 36B, ERNIE 4.5 0.3B.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mistral Small 3.1 and 3.2 and Ministral 3: a Mistral with a Pixtral tower, which Megatron-Bridge keeps as it is.
 
-Checked: Mistral Small 3.1 24B, Ministral 3 3B, 8B and 14B in bfloat16.
+Checked: Mistral Small 3.1 24B, Ministral 3 3B in bfloat16.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Nemotron: LayerNorms of 1 + w with biases, squared ReLU without a gate.
 
-Checked: Minitron 4B and 8B, Nemotron 3 8B, Nemotron-4 15B and 340B.
+Checked: Minitron 4B, Nemotron-4 340B.
 """
 
 from __future__ import annotations

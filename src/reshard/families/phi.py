@@ -1,6 +1,6 @@
 """Phi-3, Phi-3.5 and Phi-4: the hub packs query, key and value, and gate and up.
 
-Checked: Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini.
+Checked: Phi-3 mini, Phi-4, Phi-4 mini.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """StarCoder2: LayerNorms and biases everywhere, an MLP without a gate.
 
-Checked: StarCoder2 3B, 7B and 15B.
+Checked: StarCoder2 3B and 15B.
 """
 
 from __future__ import annotations
