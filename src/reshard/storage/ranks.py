@@ -124,6 +124,8 @@ class Team:
         self._heard: dict[int, _Heard] = {}
         """Of the ranks that this one listens to: the first listens to all, all others to the first."""
         self._failure: Failure | None = None
+        self._refuses = False
+        """Whether this is the first rank of a run that cannot begin, and tells all that come."""
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._live, name="reshard ranks", daemon=True)
 
@@ -140,7 +142,7 @@ class Team:
         The first rank may come with a `refusal`: then all that come are told of it.
         """
         self._board, self._machine = board, board.machine()
-        self._facts = {"agreement": dict(agreement)}
+        self._refuses, self._facts = refusal is not None, {"agreement": dict(agreement)}
         with self._lock:
             self._failure = None if refusal is None else self._failure_of(refusal)
             self._put()
@@ -250,8 +252,9 @@ class Team:
 
     def _gather_ends(self) -> None:
         """Wait until no other rank writes any more, or it is dead."""
-        joined = len(self._heard) == self.launch.world_size - 1
-        limit_s = (_LINGER_S if joined else _REFUSAL_S) if self._failure else self.launch.silence_timeout_s
+        limit_s = self.launch.silence_timeout_s if self._failure is None else _LINGER_S
+        if self._refuses and len(self._heard) < self.launch.world_size - 1:
+            limit_s = _REFUSAL_S
         until = time.monotonic() + limit_s
         while time.monotonic() < until and not self._all_ended():
             with self._lock:
@@ -282,7 +285,7 @@ class Team:
         return word is None or word.process != self._run or word.phase == Phase.ENDED
 
     def _all_ended(self) -> bool:
-        if len(self._heard) < self.launch.world_size - 1:
+        if self._refuses and len(self._heard) < self.launch.world_size - 1:
             return False
         return all(heard.word.phase == Phase.ENDED or self._lost(heard) is not None for heard in self._heard.values())
 
