@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from reshard.core.tensor import Tensor, stack, unsqueeze
-from reshard.dialects.fuse import Fuse, Padded
+from reshard.dialects.fuse import Padded
 from reshard.dialects.table import Entry, Facts, Family, copies, entries, variants
-from reshard.errors import Incomplete, InputError, Mismatch, listed
+from reshard.errors import Incomplete, Mismatch, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def _split_all(megatron: Mapping[str, Tensor], found: Mapping[str, Entry], facts
     result: dict[str, Tensor] = {}
     packs: dict[str, dict[int, Tensor]] = {}
     for name, entry in found.items():
-        parts = _split(entry.row.fuse, megatron[name], facts, name)
+        parts = _split(entry, megatron[name], facts, name)
         for hub, part in zip(entry.hub, parts, strict=True):
             if entry.index is not None:
                 packs.setdefault(hub, {})[entry.index] = part
@@ -82,17 +82,14 @@ def _joined(entry: Entry, hub: Mapping[str, Tensor], facts: Facts) -> Tensor:
             shapes = ", ".join(str(list(part.shape)) for part in parts)
             raise Mismatch(f"{entry.hub[0]}: shape {shapes}, {entry.count} in the first dimension expected")
         parts = [part[entry.index] for part in parts]
-    try:
-        return entry.row.fuse.join(parts, facts.sizes)
-    except InputError as error:
-        raise type(error)(f"{', '.join(entry.hub)}: {error}") from error
+    return entry.row.join(parts, facts.sizes, listed(entry.hub, 4))
 
 
-def _split(fuse: Fuse, tensor: Tensor, facts: Facts, name: str) -> tuple[Tensor, ...]:
-    try:
-        return fuse.split(tensor if tensor.shape else unsqueeze(tensor, 0), facts.sizes)
-    except InputError as error:
-        raise type(error)(f"{name}: {error}") from error
+def _split(entry: Entry, tensor: Tensor, facts: Facts, name: str) -> tuple[Tensor, ...]:
+    parts = entry.row.split(tensor if tensor.shape else unsqueeze(tensor, 0), facts.sizes, name)
+    if len(parts) != len(entry.hub):
+        raise Mismatch(f"{name}: {len(parts)} tensors of the hub in it, {len(entry.hub)} expected by the config")
+    return parts
 
 
 def _check_names(what: str, found: Iterable[str], known: set[str], wanted: set[str], family: Family) -> None:
@@ -139,7 +136,7 @@ def _refitted(entry: Entry, tensor: Tensor, facts: Facts) -> Tensor:
     """The tensor with the padding that the facts ask for."""
     if not isinstance(entry.row.fuse, Padded):
         return tensor
-    return entry.row.fuse.join(_split(entry.row.fuse, tensor, facts, entry.name), facts.sizes)
+    return entry.row.fuse.join(_split(entry, tensor, facts, entry.name), facts.sizes)
 
 
 def present(names: Collection[str], family: Family, facts: Facts, *, on_hub: bool) -> tuple[Facts, list[str]]:

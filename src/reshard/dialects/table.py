@@ -1,7 +1,8 @@
-"""Tables of a model family: which tensors a model has, under which names, on the hub and in Megatron.
+"""Tables: which tensors a model has, under which names, on the hub and in a dialect.
 
-A `Row` is a line of a family file. Bound to a model's `Facts` it becomes one `Entry` for each layer and expert: whole
-names on both sides, so what a table does not take is known by name, and so is what is missing.
+A `Row` is a line of a table. There are two ways of finding the row of a tensor. By facts, here: bound to a model's
+`Facts` a row becomes one `Entry` for each layer and expert, whole names on both sides, so what a table does not take is
+known by name, and so is what is missing. By pattern, in `match.py`: where a name alone tells all that there is to know.
 
     row     decoder.layers.{layer}.mlp.linear_fc1.weight  =  GLU(model.layers.{layer}.mlp.{gate,up}_proj.weight)
     entry   decoder.layers.3.mlp.linear_fc1.weight        =  GLU(model.layers.3.mlp.gate_proj.weight, ...)
@@ -15,11 +16,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
-from reshard.dialects.fuse import SAME, Fuse, Rows
+from reshard.core.tensor import Tensor
+from reshard.dialects.fuse import SAME, Fuse, Rows, Sizes, Stacked
 from reshard.dialects.setting import Item
+from reshard.errors import InputError
 
 Config = Mapping[str, Any]
 """A model's config.json."""
@@ -51,13 +55,14 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tensor of Megatron and the hub's tensors that it is made of.
+    """One tensor of a dialect and the hub's tensors that it is made of. It serves both directions.
 
-    `{layer}`, `{expert}`, ... stand for numbers. A placeholder that only Megatron's name has means that the hub packs
-    those tensors into one, along a new first dimension.
+    `{layer}`, `{expert}`, ... stand for numbers. A placeholder that only our name has means that the hub packs those
+    tensors into one, along a new first dimension; one that only the hub's names have, that our tensor packs them.
     """
 
     name: str
+    """The dialect's."""
     hub: str | tuple[str, ...]
     fuse: Fuse = SAME
     on: tuple[str, ...] = ()
@@ -65,13 +70,50 @@ class Row:
     dtype: str = ""
     """Kept in this dtype in every dialect, such as `F32` for what a router adds to its scores."""
     parts: tuple[tuple[str, str], ...] = ()
-    """The named parts (name, size of the rows) into which some formats split Megatron's tensor."""
+    """The named parts (name, size of the rows) into which some formats split the dialect's tensor."""
     variant: bool = False
     """Another name that some release or module spec gives the tensor: read, never written."""
 
     @property
     def hubs(self) -> tuple[str, ...]:
         return (self.hub,) if isinstance(self.hub, str) else self.hub
+
+    @property
+    def packs(self) -> str | None:
+        """The placeholder whose tensors ours packs."""
+        return _only_in(self.hubs, (self.name,))
+
+    @property
+    def packed(self) -> str | None:
+        """The placeholder whose tensors the hub packs."""
+        return _only_in((self.name,), self.hubs)
+
+    def hub_names(self, at: Mapping[str, Any], count: int = 1) -> tuple[str, ...]:
+        """The hub's names, with these numbers; by kind, where our tensor packs those of `count` numbers."""
+        packs = self.packs
+        if packs is None:
+            return tuple(hub.format(**at) for hub in self.hubs)
+        return tuple(hub.format(**{**at, packs: n}) for hub in self.hubs for n in range(count))
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes, said: str) -> Tensor:
+        """Our tensor, of parts in `hub_names` order. Raises Mismatch, opening with `said`, if they do not fit."""
+        try:
+            return self._whole().join(parts, sizes)
+        except InputError as error:
+            raise type(error)(f"{said}: {error}", hint=error.hint) from error
+
+    def split(self, tensor: Tensor, sizes: Sizes, said: str) -> tuple[Tensor, ...]:
+        """The parts, the same way round."""
+        try:
+            return self._whole().split(tensor, sizes)
+        except InputError as error:
+            raise type(error)(f"{said}: {error}", hint=error.hint) from error
+
+    def _whole(self) -> Fuse:
+        """The fuse of the whole tensor."""
+        if self.packs is None:
+            return self.fuse
+        return Stacked(self.fuse, len(self.hubs), 2 if self.hubs[0].endswith("bias") else 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +123,7 @@ class Entry:
     row: Row
     name: str
     hub: tuple[str, ...]
+    """By kind, where our tensor packs those of several numbers."""
     index: int | None = None
     """Where the hub packs: which of the packed tensors this is."""
     count: int = 1
@@ -89,7 +132,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A tensor of the hub that repeats another one, which Megatron stores once."""
+    """A tensor of the hub that repeats another one, which the dialect stores once."""
 
     name: str
     of: str
@@ -123,7 +166,7 @@ def entries(family: Family, facts: Facts) -> list[Entry]:
 
 
 def variants(family: Family, facts: Facts) -> dict[str, Entry]:
-    """The other names that Megatron's tensors may have, by name."""
+    """The other names that the dialect's tensors may have, by name."""
     return {entry.name: entry for row in family.rows if row.variant for entry in _bound(row, facts)}
 
 
@@ -139,12 +182,12 @@ def copies(family: Family, facts: Facts) -> list[Copy]:
 
 
 def _bound(row: Row, facts: Facts) -> Iterator[Entry]:
-    ours, hubs = _placeholders(row.name), _placeholders(*row.hubs)
-    packed = [name for name in ours if name not in hubs and not (name == "mtp" and "mtp_layer" in hubs)]
-    for at in _numbers(ours, row.on, facts):
-        index = at[packed[0]] if packed else None
-        count = _count(packed[0], facts) if packed else 1
-        yield Entry(row, row.name.format(**at), tuple(h.format(**at) for h in row.hubs), index, count)
+    packed = row.packed
+    count = 1 if packed is None else _count(packed, facts)
+    inside = 1 if row.packs is None else _count(row.packs, facts)
+    for at in _numbers(_placeholders(row.name), row.on, facts):
+        index = None if packed is None else at[packed]
+        yield Entry(row, row.name.format(**at), row.hub_names(at, inside), index, count)
 
 
 def _numbers(names: Sequence[str], on: Sequence[str], facts: Facts) -> Iterator[dict[str, int]]:
@@ -166,15 +209,26 @@ def _count(name: str, facts: Facts) -> int:
     return len(facts.layers) if name == "layer" else facts.counts.get(name, 0)
 
 
-def _placeholders(*templates: str) -> list[str]:
-    return list(dict.fromkeys(name for template in templates for name in _PLACEHOLDER.findall(template)))
+@cache
+def _placeholders(*templates: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for template in templates for name in _PLACEHOLDER.findall(template)))
+
+
+@cache
+def _only_in(templates: tuple[str, ...], others: tuple[str, ...]) -> str | None:
+    """The placeholder that templates have and others lack. `{mtp_layer}` is `{mtp}`, counted otherwise."""
+    known = {_LIKE.get(name, name) for name in _placeholders(*others)}
+    return next((name for name in _placeholders(*templates) if _LIKE.get(name, name) not in known), None)
+
+
+_LIKE = {"mtp_layer": "mtp"}
 
 
 # ---------------------------------------------------------------------------------------- rows made of other rows
 
 
 def under(rows: Iterable[Row], prefix: str = "", hub: Mapping[str, str] | None = None) -> tuple[Row, ...]:
-    """Rows with a prefix before Megatron's names, and the hub's prefixes (the first that fits) exchanged."""
+    """Rows with a prefix before the dialect's names, and the hub's prefixes (the first that fits) exchanged."""
     hub = hub or {}
 
     def renamed(name: str) -> str:
