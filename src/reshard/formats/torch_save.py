@@ -15,7 +15,7 @@ Source: pytorch `torch/serialization.py`, `torch/_utils.py` and `torch/nn/module
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,19 +24,18 @@ from typing import Any
 from reshard.core.box import Shape
 from reshard.core.checkpoint import Checkpoint, KeyPath, Origin
 from reshard.core.dtypes import DType, dtype
-from reshard.core.tensor import Deferred, Extent, Stored, Tensor, row_major
+from reshard.core.tensor import Deferred, Extent, Stored, Tensor
 from reshard.errors import Corrupt, Incomplete, InputError, NotFound, Unsupported, listed
 from reshard.formats import huggingface
+from reshard.formats.torch_archive import Archive, segments, tensor_ref
 from reshard.formats.torch_distributed import is_distributed, plain_tensor, settled, share
 from reshard.formats.torch_tensor import check_storage, fqn, stored, walk
-from reshard.storage import torch_zip
 from reshard.storage.files import Files, LazySource
 from reshard.storage.pickler import dumps
-from reshard.storage.plan import Digests, FilePlan, Seal, Segment
+from reshard.storage.plan import FilePlan
 from reshard.storage.scratch import Scratch, inflate, stream
 from reshard.storage.torch_zip import DEFLATED, SMALL_NBYTES, Record, archive_prefix, lay_out, open_archive
 from reshard.storage.unpickle import (
-    STORAGE_DTYPES,
     Global,
     Inert,
     QTensorRef,
@@ -548,8 +547,6 @@ def _locator(tensors: Mapping[str, Tensor]) -> Callable[[Iterable[str]], Mapping
 Wrap = Callable[["OrderedDict[str, Any]"], Any]
 """Takes the state dict that is written and returns the object to be pickled, such as {"state_dict": it}."""
 
-_STORAGE_KINDS = {name: kind for kind, name in STORAGE_DTYPES.items() if kind != "UntypedStorage"}
-
 
 def plan(
     checkpoint: Checkpoint,
@@ -570,24 +567,8 @@ def plan(
     payload = dumps(wrap(state) if wrap else state, persistent_id=archive.persistent_id)
     prefix = archive_prefix(path_in_plan) if path_in_plan else name
     pieces = lay_out(prefix, payload, [tensor.nbytes for _, tensor in archive.storages])
-    segments: list[Segment] = []
-    where: dict[int, int] = {}  # storage to segment
-    for piece in pieces:
-        match piece:
-            case torch_zip.Constant(data):
-                segments.append(Segment(data))
-            case torch_zip.Slot(index, _):
-                where[index] = len(segments)
-                segments.append(Segment(archive.storages[index][1], archive.storages[index][0]))
-            case torch_zip.Seal(nbytes, storages, fill):
-                at = tuple(where[index] for index in storages)
-                segments.append(Segment(Seal(nbytes, partial(_sealed, path_in_plan, at, fill))))
-    segments += [Segment(tensor, fqn) for fqn, tensor in archive.storages if not tensor.nbytes]
-    return FilePlan(path_in_plan, tuple(segments), crc32=True)
-
-
-def _sealed(path: str, segments: Sequence[int], fill: Callable[[Sequence[int]], bytes], digests: Digests) -> bytes:
-    return fill([digests[path, index].crc32 for index in segments])
+    laid_out = Archive(tuple(pieces), tuple(archive.storages))
+    return FilePlan(path_in_plan, tuple(segments(laid_out, path_in_plan)), crc32=True)
 
 
 class _Archive:
@@ -602,20 +583,11 @@ class _Archive:
 
     def refer(self, name: str, tensor: Tensor) -> TensorRef:
         """What the pickle says of a tensor of ours."""
-        kind = tensor.dtype.torch
-        if tensor.dtype.name.startswith("Q"):
-            raise Unsupported(
-                f"{name}: {kind} is not written: its scale and zero point are not part of the tensor",
-                hint="leave it out, or write safetensors, where its integers are kept",
-            )
+        ref = tensor_ref(name, tensor, f"new {len(self._references)}")
         if id(tensor) not in self._references:
-            storage_kind = _STORAGE_KINDS.get(kind, "UntypedStorage")
-            numel = tensor.nbytes if storage_kind == "UntypedStorage" else tensor.size
-            storage = StorageRef(storage_kind, f"new {len(self._references)}", "cpu", numel)
-            self._references[id(tensor)] = storage
-            self._waiting[id(storage)] = (name, tensor)
-        storage = self._references[id(tensor)]
-        return TensorRef(storage, kind, 0, tensor.shape, row_major(tensor.shape))
+            self._references[id(tensor)] = ref.storage
+            self._waiting[id(ref.storage)] = (name, tensor)
+        return replace(ref, storage=self._references[id(tensor)])
 
     def persistent_id(self, value: object) -> object:
         """torch's ('storage', class, key, location, numel) for a storage; None for anything else."""
