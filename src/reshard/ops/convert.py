@@ -154,6 +154,7 @@ def _of_huggingface(source: str, options: Options) -> Model:
 def _of_megatron(source: Path, options: Options) -> Model:
     """A Megatron checkpoint of any format."""
     opened = open_located(locate(source, options.iteration), verify=options.verify)
+    opened = replace(opened, checkpoint=opened.checkpoint.located())
     memory = megatron.in_memory(opened.checkpoint.tensors)
     _check_twins(opened.checkpoint, memory.twins)
     reference = _reference(opened, options)
