@@ -325,6 +325,16 @@ def test_names_and_shapes_are_those_that_megatron_bridge_writes(name: str) -> No
     assert {key: list(tensor.shape) for key, tensor in hub.items()} == recorded["hub"]
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in NAMES.glob("*.json")))
+def test_tensors_that_megatron_bridge_writes_with_the_hubs_bits_have_the_hubs_name(name: str) -> None:
+    recorded = json.loads((NAMES / f"{name}.json").read_text())
+    family = family_of(recorded["config"])
+    table = {entry.name: entry.hub for entry in entries(family, family.facts(recorded["config"]))}
+    same = {ours: theirs for ours, theirs in recorded["same_bits"].items() if ours in table}
+    assert {ours: (theirs,) for ours, theirs in same.items()} == {ours: table[ours] for ours in same}
+    assert len(same) > 0.4 * len(table)
+
+
 # ------------------------------------------------------------------------------- what the hub's modules compute
 
 
