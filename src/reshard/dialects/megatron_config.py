@@ -189,10 +189,13 @@ def _rope_of(settings: Values) -> Values:
     if settings.get("rope_scaling") is True:
         return {
             "rope_scaling": {
-                "rope_type": "llama3", "factor": settings["rope_scaling_factor"], "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+                "factor": settings["rope_scaling_factor"],
+                "low_freq_factor": settings.get("low_freq_factor", 1.0),
+                "high_freq_factor": settings.get("high_freq_factor", 4.0),
+                "original_max_position_embeddings": settings.get("old_context_len", 8192),
             }
-        }  # fmt: skip
+        }
     if (settings.get("seq_len_interpolation_factor") or 1) != 1:
         return {"rope_scaling": {"rope_type": "linear", "factor": settings["seq_len_interpolation_factor"]}}
     return {}
@@ -274,7 +277,9 @@ def to_megatron(config: Config, family: Family, facts: Facts) -> tuple[dict[str,
         raise Mismatch(f"config.json of a {kind} model lacks what its settings need: {error!r:.200}") from error
     settings.setdefault("gated_linear_unit", _is_gated(family))
     settings["share_embeddings_and_output_weights"] = "tied" in facts.tags
-    return {name: value for name, value in settings.items() if value is not None}, [*_lost(values, items, facts)]
+    without = () if settings.get("num_moe_experts") else ("moe_",)
+    stated = {n: v for n, v in settings.items() if v is not None and not n.startswith(without)}
+    return stated, [*_lost(values, items, facts)]
 
 
 def _is_gated(family: Family) -> bool:
@@ -336,8 +341,9 @@ def to_config(settings: Values, family: Family) -> dict[str, Any]:
     names = {"architectures": [family.architectures[0]], "model_type": family.model_types[0]}
     if nested is None:
         return names | values
-    outer = {"tie_word_embeddings", "torch_dtype", "vision_config", *nested.outer}
-    text = {"model_type": nested.model_type} | {n: v for n, v in values.items() if n not in outer - {"torch_dtype"}}
+    both = {"tie_word_embeddings", "torch_dtype"}
+    outer = {*both, "vision_config", *nested.outer}
+    text = {"model_type": nested.model_type} | {n: v for n, v in values.items() if n not in outer - both}
     return names | {n: v for n, v in values.items() if n in outer} | {"text_config": text}
 
 
@@ -397,7 +403,9 @@ def recognise(
     if not fits:
         raise _unknown(against, tensors)
     best = max(fits, key=lambda fit: _hints(fit[0], fit[1], stated, hf_model_id))
-    others = [family.name for family, _ in fits if family is not best[0]]
+    most = _hints(best[0], best[1], stated, hf_model_id)
+    likely = [family.name for family, config in fits if _hints(family, config, stated, hf_model_id) == most]
+    others = [name for name in likely if name != best[0].name]
     if others:
         notices.append(f"taken for a {best[0].name} model; its tensors and settings fit {listed(others)} too")
     return Recognised(*best, tuple(notices))
@@ -415,6 +423,8 @@ def _completed(
             f"the checkpoint's settings do not say {listed(lacking)}, and no tensor does",
             hint="--hf-model REF names the HuggingFace model that was trained: its config.json says them",
         )
+    if str(stated.get("model_class")).startswith("nemo."):
+        stated |= _of_nemo(stated)
     notices: list[str] = []
     embedding = next((t for n, t in tensors.items() if n.endswith("embedding.word_embeddings.weight")), None)
     if embedding is not None and len(embedding.shape) == 2:
@@ -430,12 +440,26 @@ def _completed(
         stated["vocab_size"] = named
     if not stated.get("num_layers"):
         stated["num_layers"] = 1 + max(_numbers(tensors, "decoder.layers."), default=-1)
+    for name in ("num_layers", "num_moe_experts"):
+        if type(stated.get(name, 0)) is not int or stated.get(name, 0) > len(tensors):
+            raise Mismatch(f"the settings say {name} {stated[name]!r:.100}, and there are {len(tensors)} tensors")
     has_head = any(name.endswith("output_layer.weight") for name in tensors)
     stated.setdefault("share_embeddings_and_output_weights", not has_head)
     _complete_mlp(stated, tensors)
     if not any("mtp.layers." in name for name in tensors):
         stated["mtp_num_layers"] = 0
     return stated, notices
+
+
+def _of_nemo(stated: Values) -> Values:
+    """What NeMo 2 puts otherwise: it counts a token into its own window, and scales Llama 3.1 with settings of its own."""
+    found: dict[str, Any] = {}
+    window = stated.get("window_size")
+    if isinstance(window, list) and len(window) == 2 and type(window[0]) is int and window[0] > 0:
+        found["window_size"] = [window[0] - 1, window[1]]
+    if "old_context_len" in stated and "scale_factor" in stated:
+        found |= {"rope_scaling": True, "rope_scaling_factor": stated["scale_factor"]}
+    return found
 
 
 def _complete_mlp(stated: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -516,8 +540,8 @@ def _same(one: Any, other: Any) -> bool:
 def _hints(family: Family, config: Values, stated: Values, hf_model_id: str | None) -> tuple[bool, ...]:
     """How much speaks for a family, beside the names and values that fit: what made the checkpoint, and proof."""
     ours, _ = to_megatron(config, family, family.facts(config))
-    source = str(hf_model_id or stated.get("hf_model_id") or "").lower().replace("-", "_").replace(".", "_")
-    named = source.rpartition("/")[2]
+    source = str(hf_model_id or stated.get("hf_model_id") or stated.get("model_class") or "")
+    named = source.rpartition("/")[2].lower().replace("-", "_")
     return (
         _same(ours.get("_target_"), stated.get("_target_")),
         ours.get("transformer_layer_spec") == stated.get("transformer_layer_spec"),
@@ -571,9 +595,19 @@ def check_config(config: Config, settings: Values) -> list[str]:
         ours = settings.get(name)
         if theirs is None or ours is None or isinstance(ours, list | tuple) or _is_beside(name, settings):
             continue
+        if ours == _unsaid(name, settings):
+            continue
         if not _same(theirs, ours):
             found.append(f"{what}: HF {theirs}, checkpoint {ours}")
     return found
+
+
+def _unsaid(name: str, settings: Values) -> Any:
+    """What stands in settings that were left as they are: it contradicts nobody, and shapes tell sizes."""
+    hidden, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
+    if type(hidden) is not int or type(heads) is not int or heads <= 0:
+        return None
+    return {"ffn_hidden_size": 4 * hidden, "kv_channels": hidden // heads, "layernorm_epsilon": 1e-5}.get(name)
 
 
 def _is_beside(name: str, settings: Values) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from reshard.dialects.fuse import PackedQkv
+from reshard.dialects.setting import Always, Rule, Setting, Values
 from reshard.dialects.table import Config, Copy, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
@@ -27,6 +28,7 @@ from reshard.families.blocks import (
     shared_experts,
     text_config,
 )
+from reshard.families.settings import BLOCKS, DENSE_FIRST, GROUPS, SHARED, SIGMOID, biases, moe, mtp, rotary
 
 _EMBEDDING = "model.word_embeddings.weight"
 _MODEL = (replace(MODEL[0], hub=_EMBEDDING), *MODEL[1:])
@@ -58,6 +60,10 @@ def _facts(config: Config) -> Facts:
     return decoder(config, tags=tags, layers=dense_first, counts=expert_count(config) | {"mtp": num_mtp(config)})
 
 
+def _num_shared(settings: Values) -> Values:
+    return {"num_shared_experts": SHARED.config(settings)["n_shared_experts"]}
+
+
 FAMILIES = (
     Family(
         "bailing_moe_v2",
@@ -68,10 +74,19 @@ FAMILIES = (
         copies=(Copy("lm_head.weight", _EMBEDDING, on=("tied",)),),
         stacked=False,
         settings=(
-            ("qk_layernorm", True),
+            BLOCKS,
+            *moe("num_experts"),
+            *GROUPS,
+            DENSE_FIRST,
+            Rule("shared_experts", SHARED.settings, _num_shared),
+            *SIGMOID,
             ("moe_router_pre_softmax", True),
-            ("moe_router_score_function", "sigmoid"),
-            ("moe_router_enable_expert_bias", True),
+            ("moe_router_load_balancing_type", "none"),
+            Setting("qk_layernorm", "use_qk_norm", True),
+            Always("score_function", "sigmoid"),
+            *rotary(10000.0),
+            biases(qkv="use_qkv_bias"),
+            mtp(),
         ),
         verified="the names of Megatron-Bridge",
     ),

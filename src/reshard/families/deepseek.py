@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reshard.dialects.fuse import Rows
+from reshard.dialects.setting import Always, Rule, Setting, Values
 from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
@@ -35,6 +36,7 @@ from reshard.families.blocks import (
     shared_experts,
     text_config,
 )
+from reshard.families.settings import DENSE_FIRST, GROUPS, LATENT, SHARED, SIGMOID, moe, mtp
 
 _S = f"{L}self_attn."
 
@@ -133,8 +135,43 @@ def _sparse(config: Config) -> Facts:
     return _facts(config, expert_bias=True, sparse=True)
 
 
-_LATENT = (("multi_latent_attention", True), ("qk_layernorm", True), ("moe_router_pre_softmax", True))
-_SIGMOID = (("moe_router_score_function", "sigmoid"), ("moe_router_enable_expert_bias", True))
+def _method(settings: Values) -> Values:
+    grouped = settings["moe_router_num_groups"] not in (None, 1)
+    return {"topk_method": "group_limited_greedy" if grouped else "greedy"}
+
+
+_MIXTURE = (
+    *LATENT,
+    *moe("n_routed_experts"),
+    Setting("moe_aux_loss_coeff", "aux_loss_alpha"),
+    *GROUPS,
+    DENSE_FIRST,
+    SHARED,
+    ("moe_router_pre_softmax", True),
+    ("moe_router_dtype", "fp32"),
+    ("moe_router_load_balancing_type", "seq_aux_loss"),
+)
+_SOFTMAX = (
+    *_MIXTURE,
+    Always("scoring_func", "softmax"),
+    Always("norm_topk_prob", False),
+    Rule("topk_method", lambda config, facts: {}, _method),
+)
+_SIGMOID = (
+    *_MIXTURE,
+    *SIGMOID,
+    Always("scoring_func", "sigmoid"),
+    Always("topk_method", "noaux_tc"),
+    Setting("moe_aux_loss_coeff", "aux_loss_alpha", 0.0001),
+    mtp(),
+)
+
+_INDEXED = (
+    ("experimental_attention_variant", "dsa"),
+    Setting("dsa_indexer_head_dim", "index_head_dim"),
+    Setting("dsa_indexer_n_heads", "index_n_heads"),
+    Setting("dsa_indexer_topk", "index_topk"),
+)
 
 FAMILIES = (
     Family(
@@ -145,7 +182,7 @@ FAMILIES = (
         _v2,
         copies=TIED_HEAD,
         stacked=False,
-        settings=_LATENT,
+        settings=_SOFTMAX,
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(
@@ -156,7 +193,7 @@ FAMILIES = (
         _v3,
         copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
-        settings=(*_LATENT, *_SIGMOID),
+        settings=_SIGMOID,
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(
@@ -167,7 +204,7 @@ FAMILIES = (
         _v3,
         copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
-        settings=(*_LATENT, *_SIGMOID),
+        settings=_SIGMOID,
         verified="the names of Megatron-Bridge and transformers",
     ),
     Family(
@@ -178,7 +215,7 @@ FAMILIES = (
         _v3,
         copies=TIED_HEAD,
         stacked=False,
-        settings=(*_LATENT, *_SIGMOID),
+        settings=_SIGMOID,
         verified="the names of Megatron-Bridge",
     ),
     Family(
@@ -189,7 +226,7 @@ FAMILIES = (
         _sparse,
         copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
-        settings=(*_LATENT, *_SIGMOID, ("experimental_attention_variant", "dsa")),
+        settings=(*_SIGMOID, *_INDEXED),
         verified="the names of Megatron-Bridge and transformers",
     ),
 )

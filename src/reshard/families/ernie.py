@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reshard.dialects.fuse import OneRow
+from reshard.dialects.setting import Rule, Setting, Values
 from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
@@ -28,6 +29,7 @@ from reshard.families.blocks import (
     shared_experts,
     text_config,
 )
+from reshard.families.settings import BLOCKS, DENSE_FIRST, SHARED, SIGMOID, biases, epsilon, moe, rotary
 
 
 def _layers(text: Mapping[str, Any]) -> Iterator[tuple[str]]:
@@ -42,6 +44,20 @@ def _facts(config: Config) -> Facts:
     shared = {"shared"} if text_config(config).get("moe_num_shared_experts", 2) else set()
     tags = bias_tags(config, "use_bias", "use_bias", "use_bias") | shared
     return decoder(config, tags=tags, layers=_layers, counts=expert_count(config), tied=True)
+
+
+def _layers_config(settings: Values) -> Values:
+    first = DENSE_FIRST.config(settings)["first_k_dense_replace"]
+    return {"moe_layer_start_index": first, "moe_layer_end_index": -1, "moe_layer_interval": 1}
+
+
+def _shared(config: Values, facts: Facts) -> Values:
+    count = config.get("moe_num_shared_experts", 2)
+    return {"moe_shared_expert_intermediate_size": config["moe_intermediate_size"] * count} if count else {}
+
+
+def _shared_config(settings: Values) -> Values:
+    return {"moe_num_shared_experts": SHARED.config(settings)["n_shared_experts"]}
 
 
 FAMILIES = (
@@ -71,9 +87,17 @@ FAMILIES = (
         copies=TIED_HEAD,
         stacked=False,
         settings=(
+            BLOCKS,
             ("rotary_interleaved", True),
-            ("moe_router_score_function", "sigmoid"),
-            ("moe_router_enable_expert_bias", True),
+            *rotary(500000.0),
+            epsilon("rms_norm_eps", 1e-5),
+            *moe("moe_num_experts"),
+            Setting("moe_router_topk", ("moe_k", "num_experts_per_tok"), 6),
+            Rule("moe_layer_freq", DENSE_FIRST.settings, _layers_config),
+            Rule("shared_experts", _shared, _shared_config),
+            *SIGMOID,
+            ("moe_router_load_balancing_type", "aux_loss"),
+            biases("use_bias"),
         ),
         verified="the names of Megatron-Bridge and transformers",
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import MODEL, TIED_HEAD, A, L, M, attention, decoder, gated_mlp, head_norms
+from reshard.families.settings import epsilon, window
 
 
 def _facts(config: Config) -> Facts:
@@ -28,7 +29,12 @@ FAMILIES = (
         ),
         _facts,
         copies=TIED_HEAD,
-        settings=(("qk_layernorm", True),),
+        settings=(
+            ("qk_layernorm", True),
+            ("transformer_layer_spec", "exaone4_layer_spec"),
+            epsilon("rms_norm_eps", 1e-5),
+            window(4096, layers=True),
+        ),
         verified="names of Megatron-Bridge only",
     ),
 )

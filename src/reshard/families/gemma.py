@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from reshard.dialects.fuse import Transposed
+from reshard.dialects.setting import Always, Nested, Setting
 from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
 from reshard.families.blocks import (
     DENSE,
@@ -30,6 +31,7 @@ from reshard.families.blocks import (
     required,
     text_config,
 )
+from reshard.families.settings import GEMMA, GEMMA3, provider, tower, window
 
 _POST_NORMS = (
     Row(f"{A}linear_proj.post_layernorm.weight", f"{L}post_attention_layernorm.weight"),
@@ -83,7 +85,28 @@ def _gemma3_vl(config: Config) -> Facts:
     return replace(facts, counts={"block": blocks})
 
 
-_SETTINGS = (("layernorm_zero_centered_gamma", True),)
+_TOKENS = (
+    ("mm_tokens_per_image", 256),
+    ("boi_token_index", 255999),
+    ("eoi_token_index", 256000),
+    ("image_token_index", 262144),
+)
+_GEMMA1 = (
+    provider("gemma.gemma_provider.GemmaModelProvider"),
+    *GEMMA,
+    Always("hidden_act", "gelu_pytorch_tanh"),
+    Always("hidden_activation", "gelu_pytorch_tanh"),
+)
+_GEMMA2_SETTINGS = (
+    provider("gemma.gemma2_provider.Gemma2ModelProvider"),
+    *GEMMA,
+    ("transformer_layer_spec", "gemma2_layer_spec"),
+    Always("hidden_activation", "gelu_pytorch_tanh"),
+    Setting("query_pre_attn_scalar", "query_pre_attn_scalar", 256),
+    Setting("attn_logit_softcapping", "attn_logit_softcapping", 50.0),
+    Setting("final_logit_softcapping", "final_logit_softcapping", 30.0),
+    window(4096),
+)
 
 FAMILIES = (
     Family(
@@ -93,7 +116,7 @@ FAMILIES = (
         DENSE,
         _gemma,
         copies=TIED_HEAD,
-        settings=_SETTINGS,
+        settings=_GEMMA1,
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(
@@ -103,7 +126,7 @@ FAMILIES = (
         _GEMMA2,
         _gemma,
         copies=TIED_HEAD,
-        settings=_SETTINGS,
+        settings=_GEMMA2_SETTINGS,
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(
@@ -113,7 +136,7 @@ FAMILIES = (
         _GEMMA3,
         _gemma,
         copies=TIED_HEAD,
-        settings=(*_SETTINGS, ("qk_layernorm", True)),
+        settings=(provider("gemma.gemma3_provider.Gemma3ModelProvider"), *GEMMA3),
         verified="names of Megatron-Bridge only",
     ),
     Family(
@@ -126,7 +149,12 @@ FAMILIES = (
             Copy("language_model.lm_head.weight", "language_model.model.embed_tokens.weight", on=("tied",)),
             Copy("lm_head.weight", "language_model.model.embed_tokens.weight", on=("tied",)),
         ),
-        settings=(*_SETTINGS, ("qk_layernorm", True)),
+        settings=(
+            provider("gemma_vl.gemma3_vl_provider.Gemma3VLModelProvider"),
+            *GEMMA3,
+            Nested("gemma3_text", outer=tuple(name for name, _ in _TOKENS)),
+            *tower("siglip.configuration_siglip.SiglipVisionConfig", *_TOKENS),
+        ),
         verified="names of Megatron-Bridge only",
     ),
 )

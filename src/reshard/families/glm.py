@@ -5,6 +5,7 @@ Checked: the configs of GLM-4.5, GLM-4.5-Air and GLM-4.6, dots.llm1, Hy3.
 
 from __future__ import annotations
 
+from reshard.dialects.setting import Rule, Setting, Values
 from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import (
     MODEL,
@@ -26,6 +27,19 @@ from reshard.families.blocks import (
     router,
     shared_experts,
     text_config,
+)
+from reshard.families.settings import (
+    BLOCKS,
+    DENSE_FIRST,
+    GROUPS,
+    SHARED,
+    SIGMOID,
+    biases,
+    epsilon,
+    moe,
+    mtp,
+    rotary,
+    window,
 )
 
 _DENSE = (*mlp_norm(on=("dense",)), *gated_mlp(on=("dense",)))
@@ -59,7 +73,12 @@ def _normed(config: Config) -> Facts:
     return _facts(config, bias_tags(config, mlp="") | {"qk_norm"})
 
 
-_SIGMOID = (("moe_router_score_function", "sigmoid"), ("moe_router_enable_expert_bias", True))
+_SIGMOID = (BLOCKS, *moe("n_routed_experts"), *GROUPS, DENSE_FIRST, SHARED, *SIGMOID)
+
+
+def _num_shared(settings: Values) -> Values:
+    return {"num_shared_experts": SHARED.config(settings)["n_shared_experts"]}
+
 
 FAMILIES = (
     Family(
@@ -70,7 +89,14 @@ FAMILIES = (
         _glm,
         copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
-        settings=_SIGMOID,
+        settings=(
+            *_SIGMOID,
+            Setting("qk_layernorm", "use_qk_norm", False),
+            epsilon("rms_norm_eps", 1e-5),
+            *rotary(10000.0, percent=0.5),
+            biases(qkv="attention_bias"),
+            mtp(),
+        ),
         verified="the names of Megatron-Bridge and transformers",
     ),
     Family(
@@ -81,7 +107,7 @@ FAMILIES = (
         _normed,
         copies=TIED_HEAD,
         stacked=False,
-        settings=(("qk_layernorm", True), *_SIGMOID),
+        settings=(("qk_layernorm", True), *_SIGMOID, biases(qkv="attention_bias"), window(4096, layers=True)),
         verified="the names of transformers, and of Megatron's modules",
     ),
     Family(
@@ -92,7 +118,17 @@ FAMILIES = (
         _normed,
         copies=TIED_HEAD,
         stacked=False,
-        settings=(("qk_layernorm", True), *_SIGMOID),
+        settings=(
+            ("qk_layernorm", True),
+            *_SIGMOID,
+            *moe("num_experts"),
+            *SIGMOID,
+            Setting("moe_router_topk_scaling_factor", "router_scaling_factor", 1.0),
+            Rule("shared_experts", SHARED.settings, _num_shared),
+            *rotary(11158840.0),
+            epsilon("rms_norm_eps", 1e-5),
+            mtp(),
+        ),
         verified="the names of Megatron-Bridge",
     ),
 )

@@ -6,6 +6,7 @@ Checked: GLM-4 9B (transformers' layout), GLM-4 0414 9B.
 from __future__ import annotations
 
 from reshard.dialects.fuse import Glu
+from reshard.dialects.setting import Item
 from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
@@ -20,6 +21,7 @@ from reshard.families.blocks import (
     input_norm,
     mlp_norm,
 )
+from reshard.families.settings import biases, epsilon, rotary
 
 _GLM = (
     *MODEL,
@@ -42,6 +44,13 @@ def _facts(config: Config) -> Facts:
     return decoder(config, tags=bias_tags(config) - {"proj_bias", "mlp_bias"})
 
 
+_SETTINGS: tuple[Item, ...] = (
+    ("rotary_interleaved", True),
+    *rotary(10000.0, percent=0.5),
+    epsilon("rms_norm_eps", 1.5625e-07),
+    biases(qkv="attention_bias"),
+)
+
 FAMILIES = (
     Family(
         "glm",
@@ -50,7 +59,7 @@ FAMILIES = (
         _GLM,
         _facts,
         copies=TIED_HEAD,
-        settings=(("rotary_interleaved", True),),
+        settings=_SETTINGS,
         verified="names of Megatron-LM's own modules only",
     ),
     Family(
@@ -60,7 +69,7 @@ FAMILIES = (
         (*_GLM, *_POST_NORMS),
         _facts,
         copies=TIED_HEAD,
-        settings=(("rotary_interleaved", True),),
+        settings=_SETTINGS,
         verified="names of slime and mcore-bridge only",
     ),
 )

@@ -7,6 +7,7 @@ Checked: the configs of gpt-oss-20b and gpt-oss-120b in bfloat16. The MXFP4 chec
 from __future__ import annotations
 
 from reshard.dialects.fuse import InterleavedGlu, Transposed
+from reshard.dialects.setting import Always, Setting
 from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
@@ -21,6 +22,7 @@ from reshard.families.blocks import (
     moe_norm,
     text_config,
 )
+from reshard.families.settings import ALTERNATING, biases, epsilon, moe, rotary
 
 _EXPERTS = f"{L}mlp.experts."
 
@@ -51,11 +53,18 @@ FAMILIES = (
         _facts,
         copies=TIED_HEAD,
         settings=(
-            ("add_bias_linear", True),
             ("softmax_type", "learnable"),
-            ("window_attn_skip_freq", 2),
-            ("activation_func_clamp_value", 7.0),
+            ("activation_func", "quick_gelu"),
+            Always("hidden_act", "silu"),
+            Setting("activation_func_clamp_value", "swiglu_limit", 7.0),
             ("glu_linear_offset", 1.0),
+            *moe("num_local_experts", size="intermediate_size"),
+            ("moe_router_load_balancing_type", "none"),
+            epsilon("rms_norm_eps", 1e-5),
+            *rotary(150000.0),
+            biases(qkv="attention_bias"),
+            ("add_bias_linear", True),
+            ALTERNATING,
         ),
         verified="Megatron-Bridge import, bit for bit",
     ),

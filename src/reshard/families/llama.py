@@ -59,7 +59,7 @@ FAMILIES = (
         DENSE,
         _qwen2,
         copies=TIED_HEAD,
-        settings=(("add_qkv_bias", True), window(4096, layers=True)),
+        settings=(("add_qkv_bias", True), window(4096, layers=True, switch=True)),
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(
@@ -69,7 +69,7 @@ FAMILIES = (
         (*DENSE, *head_norms()),
         _llama,
         copies=TIED_HEAD,
-        settings=(("qk_layernorm", True), biases(qkv="attention_bias"), window(4096, layers=True)),
+        settings=(("qk_layernorm", True), biases(qkv="attention_bias"), window(4096, layers=True, switch=True)),
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(

@@ -5,6 +5,8 @@ Checked: Minitron 4B, Nemotron-4 340B.
 
 from __future__ import annotations
 
+from reshard.dialects.megatron_config import ACTIVATIONS
+from reshard.dialects.setting import Setting
 from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import (
     MODEL,
@@ -17,6 +19,7 @@ from reshard.families.blocks import (
     mlp_norm,
     plain_mlp,
 )
+from reshard.families.settings import biases, epsilon, rotary
 
 
 def _facts(config: Config) -> Facts:
@@ -35,6 +38,10 @@ FAMILIES = (
             ("normalization", "LayerNorm"),
             ("layernorm_zero_centered_gamma", True),
             ("gated_linear_unit", False),
+            epsilon("norm_eps", 1e-5),
+            Setting("activation_func", "hidden_act", "relu2", ACTIVATIONS),
+            *rotary(10000.0, percent=0.5),
+            biases("attention_bias", "mlp_bias"),
         ),
         verified="Megatron-Bridge import, bit for bit",
     ),

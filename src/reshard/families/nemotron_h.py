@@ -15,9 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from reshard.dialects.fuse import PADDED
+from reshard.dialects.megatron_config import ACTIVATIONS
+from reshard.dialects.setting import Always, Rule, Setting, Values
 from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
 from reshard.errors import Mismatch, listed
 from reshard.families.blocks import D, L, M, attention, decoder, num_experts, required
+from reshard.families.settings import GROUPS, SIGMOID, biases, epsilon, moe, mtp, provider
 
 _X = D + "mixer."
 _H = L + "mixer."
@@ -146,6 +149,66 @@ def _kinds(config: Config, pattern: str, types: str) -> list[str]:
     return kinds
 
 
+_LETTERS = {kind: letter for letter, kind in _KINDS.items() if len(letter) == 1}
+
+
+def _pattern(config: Values, facts: Facts) -> Values:
+    kinds = [next(iter(tags)) for tags in facts.layers]
+    return {"num_layers": len(kinds), "hybrid_layer_pattern": "".join(_LETTERS[kind] for kind in kinds)}
+
+
+def _pattern_config(settings: Values) -> Values:
+    """Megatron's pattern also has bars between pipeline stages, and a slash before the second-token predictor."""
+    said = settings.get("hybrid_layer_pattern") or settings["hybrid_override_pattern"]
+    pattern, _, mtp = str(said).replace("|", "").partition("/")
+    found: dict[str, Any] = {"num_hidden_layers": len(pattern), "hybrid_override_pattern": pattern}
+    mtp = mtp.partition("/")[0] or settings.get("mtp_hybrid_override_pattern") or ""
+    return found | ({"mtp_hybrid_override_pattern": mtp} if mtp else {})
+
+
+def _experts(config: Values, facts: Facts) -> Values:
+    return {"num_moe_experts": facts.counts.get("expert") or None}
+
+
+def _experts_config(settings: Values) -> Values:
+    count = settings.get("num_moe_experts")
+    return {"n_routed_experts": count, "n_shared_experts": 1} if count else {}
+
+
+_SETTINGS = (
+    provider("hybrid.hybrid_provider.HybridModelProvider"),
+    ("is_hybrid_model", True),
+    Rule("num_layers", _pattern, _pattern_config),
+    ("position_embedding_type", "none"),
+    ("rotary_base", 10000.0),
+    Rule("rope", lambda config, facts: {}, lambda settings: {}),
+    epsilon("layer_norm_epsilon", 1e-5),
+    Setting("activation_func", "mlp_hidden_act", "relu2", ACTIVATIONS),
+    ("gated_linear_unit", False),
+    *(
+        Setting(megatron, hub)
+        for megatron, hub in (
+            ("mamba_num_heads", "mamba_num_heads"),
+            ("mamba_head_dim", "mamba_head_dim"),
+            ("mamba_num_groups", "n_groups"),
+            ("mamba_state_dim", "ssm_state_size"),
+            ("mamba_chunk_size", "chunk_size"),
+            ("fp32_residual_connection", "residual_in_fp32"),
+        )
+    ),
+    *moe("n_routed_experts", aux=0.0001),
+    Rule("num_moe_experts", _experts, _experts_config),
+    Setting("moe_shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+    Setting("moe_latent_size", "moe_latent_size"),
+    *GROUPS,
+    *SIGMOID,
+    mtp(),
+    Always("mamba_hidden_act", "silu"),
+    Always("conv_kernel", 4),
+    Always("use_conv_bias", True),
+    biases("use_bias", "mlp_bias", "attention_bias"),
+)
+
 FAMILIES = (
     Family(
         "nemotron_h",
@@ -168,7 +231,7 @@ FAMILIES = (
         _facts,
         copies=(Copy("lm_head.weight", "backbone.embeddings.weight", on=("tied",)),),
         stacked=False,
-        settings=(("is_hybrid_model", True), ("position_embedding_type", "none")),
+        settings=_SETTINGS,
         verified="Megatron-Bridge import, bit for bit",
     ),
 )

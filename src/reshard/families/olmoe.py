@@ -19,6 +19,7 @@ from reshard.families.blocks import (
     moe_norm,
     router,
 )
+from reshard.families.settings import NORMED, biases, epsilon, moe
 
 
 def _facts(config: Config) -> Facts:
@@ -33,7 +34,16 @@ FAMILIES = (
         (*MODEL, *input_norm(), *attention(), *head_norms(), *moe_norm(), *router(on=()), *experts(on=())),
         _facts,
         copies=TIED_HEAD,
-        settings=(("qk_layernorm", True), ("moe_router_pre_softmax", True)),
+        settings=(
+            ("qk_layernorm", True),
+            ("transformer_layer_spec", "olmoe_layer_spec"),
+            *moe("num_experts", size="intermediate_size"),
+            NORMED,
+            ("moe_router_dtype", "fp32"),
+            ("moe_router_load_balancing_type", "seq_aux_loss"),
+            epsilon("rms_norm_eps", 1e-5),
+            biases(qkv="attention_bias"),
+        ),
         verified="the names of Megatron-Bridge and transformers",
     ),
 )

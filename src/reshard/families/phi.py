@@ -8,6 +8,7 @@ from __future__ import annotations
 from reshard.dialects.fuse import Glu, PackedQkv
 from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import MODEL, TIED_HEAD, A, L, M, decoder, input_norm, mlp_norm
+from reshard.families.settings import epsilon, window
 
 
 def _facts(config: Config) -> Facts:
@@ -30,6 +31,7 @@ FAMILIES = (
         ),
         _facts,
         copies=TIED_HEAD,
+        settings=(epsilon("rms_norm_eps", 1e-5), window()),
         verified="names of NeMo 2 only",
     ),
 )

@@ -9,21 +9,32 @@ from __future__ import annotations
 from dataclasses import replace
 
 from reshard.dialects.fuse import Rows
+from reshard.dialects.setting import Nested
 from reshard.dialects.table import Config, Copy, Facts, Family, under
 from reshard.families import vision
 from reshard.families.blocks import TIED_HEAD
 from reshard.families.gated_delta_net import facts, in_proj, model, unfused
+from reshard.families.settings import (
+    DELTA_NET,
+    GATED_SHARED,
+    NO_DENSE,
+    QWEN_TOKENS,
+    moe,
+    mtp,
+    provider,
+    qwen_tokens,
+    rotary,
+    text_mrope,
+    tower,
+)
 
 _HUB = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 _FLAT = Rows(("key_rows+key_rows+value_rows", "value_rows", "value_heads", "value_heads"))
 _IN_PROJ = (in_proj(_HUB, _FLAT), *unfused(*_HUB))
 _DENSE, _MOE = model(_IN_PROJ, "dense"), model(_IN_PROJ, "moe")
-_SETTINGS = (
-    ("attention_output_gate", True),
-    ("experimental_attention_variant", "gated_delta_net"),
-    ("layernorm_zero_centered_gamma", True),
-    ("qk_layernorm", True),
-)
+_SETTINGS = (*DELTA_NET, *rotary(10000.0, percent=0.25), text_mrope(), mtp("mtp_num_hidden_layers"))
+_EXPERTS = (*moe("num_experts"), *GATED_SHARED, NO_DENSE, ("moe_router_load_balancing_type", "global_aux_loss"))
+_TOKENS = qwen_tokens(248053, 248054, 248056, 248057)
 
 
 def _with_vision(config: Config) -> Facts:
@@ -32,7 +43,7 @@ def _with_vision(config: Config) -> Facts:
 
 def _family(name: str, architecture: str, mlp: str) -> tuple[Family, Family]:
     rows = _MOE if mlp == "moe" else _DENSE
-    settings = (*_SETTINGS, ("moe_shared_expert_gate", True)) if mlp == "moe" else _SETTINGS
+    settings = (*_SETTINGS, *_EXPERTS) if mlp == "moe" else _SETTINGS
     text = Family(
         f"{name}_text",
         (f"{name}_text",),
@@ -52,6 +63,13 @@ def _family(name: str, architecture: str, mlp: str) -> tuple[Family, Family]:
         rows=(*under(rows, "language_model.", {"model.": "model.language_model."}), *vision.VISION),
         facts=_with_vision,
         copies=(Copy("lm_head.weight", "model.language_model.embed_tokens.weight", on=("tied",)),),
+        settings=(
+            *settings,
+            provider(f"qwen_vl.qwen35_vl_provider.Qwen35VL{'MoE' if mlp == 'moe' else ''}ModelProvider"),
+            text_mrope("mrope"),
+            Nested(f"{name}_text", outer=QWEN_TOKENS),
+            *tower(f"{name}.configuration_{name}.{architecture}VisionConfig", *_TOKENS),
+        ),
     )
     return text, whole
 

@@ -6,9 +6,11 @@ Checked: Qwen3-Next 80B-A3B. Its config does not mention the layer that predicts
 from __future__ import annotations
 
 from reshard.dialects.fuse import Interleaved
+from reshard.dialects.setting import Setting
 from reshard.dialects.table import Family
 from reshard.families.blocks import TIED_HEAD
 from reshard.families.gated_delta_net import facts, in_proj, model, unfused
+from reshard.families.settings import DELTA_NET, GATED_SHARED, NORMED, SOME_DENSE, moe, mtp, rotary
 
 _HUB = ("in_proj_qkvz", "in_proj_ba")
 _BY_KEY_HEAD = Interleaved(
@@ -25,11 +27,15 @@ FAMILIES = (
         copies=TIED_HEAD,
         stacked=False,
         settings=(
-            ("attention_output_gate", True),
-            ("experimental_attention_variant", "gated_delta_net"),
-            ("layernorm_zero_centered_gamma", True),
-            ("moe_shared_expert_gate", True),
-            ("qk_layernorm", True),
+            *DELTA_NET,
+            *rotary(10000.0, percent=0.25),
+            *moe("num_experts"),
+            Setting("moe_router_pre_softmax", "norm_topk_prob", True, values=NORMED.values),
+            ("moe_router_dtype", "fp32"),
+            ("moe_router_load_balancing_type", "global_aux_loss"),
+            SOME_DENSE,
+            *GATED_SHARED,
+            mtp("mtp_num_hidden_layers"),
         ),
         verified="Megatron-Bridge import, bit for bit",
     ),

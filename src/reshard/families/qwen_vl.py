@@ -11,13 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from reshard.dialects.setting import Item, Nested, Setting
 from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
 from reshard.families import qwen3_moe, vision
 from reshard.families.blocks import DENSE, TIED_HEAD, bias_tags, decoder, head_norms
+from reshard.families.settings import NORMED, QWEN_TOKENS, biases, mrope, provider, qwen_tokens, rotary, tower
 
 _LANGUAGE = "language_model."
 _TIED = (Copy("lm_head.weight", "model.language_model.embed_tokens.weight", on=("tied",)),)
-_ROTARY = ("position_embedding_type", "mrope")
+_TOKENS = qwen_tokens(151652, 151653, 151655, 151656)
+_SECTIONS, _SECTIONS3 = (16, 24, 24), (24, 20, 20)
+
+
+def _vision(name: str, kind: str, model_type: str) -> tuple[Item, ...]:
+    """The tower's settings; the text model's lie in a config of their own."""
+    target = f"{name}.configuration_{name}.{kind}VisionConfig"
+    return (Nested(model_type, outer=QWEN_TOKENS), *tower(target, *_TOKENS))
+
 
 _B = "blocks.{block}."
 _ENDS = ("merger.mlp.0", "merger.mlp.2")
@@ -58,7 +68,12 @@ FAMILIES = (
         (*under(DENSE, _LANGUAGE), *_hubs_tower(_QWEN2, ("patch_embed.proj",))),
         _qwen2_vl,
         copies=TIED_HEAD,
-        settings=(("add_qkv_bias", True), _ROTARY),
+        settings=(
+            ("add_qkv_bias", True),
+            *rotary(1e6),
+            mrope(_SECTIONS),
+            *_vision("qwen2_vl", "Qwen2VL", "qwen2_vl_text"),
+        ),
         verified="transformers names only",
     ),
     Family(
@@ -68,7 +83,13 @@ FAMILIES = (
         (*under(DENSE, _LANGUAGE), *_hubs_tower(_QWEN2_5, (*_QWEN2_5_NORMS, "patch_embed.proj"))),
         _qwen2_vl,
         copies=TIED_HEAD,
-        settings=(("add_qkv_bias", True), _ROTARY),
+        settings=(
+            provider("qwen_vl.qwen25_vl_provider.Qwen25VLModelProvider"),
+            ("add_qkv_bias", True),
+            *rotary(1e6),
+            mrope(_SECTIONS),
+            *_vision("qwen2_5_vl", "Qwen2_5_VL", "qwen2_5_vl_text"),
+        ),
         verified="Megatron-Bridge import, bit for bit",
     ),
     Family(
@@ -81,7 +102,14 @@ FAMILIES = (
         ),
         _qwen3_vl,
         copies=_TIED,
-        settings=(("qk_layernorm", True), _ROTARY),
+        settings=(
+            provider("qwen_vl.qwen3_vl_provider.Qwen3VLModelProvider"),
+            ("qk_layernorm", True),
+            *rotary(5e6),
+            mrope(_SECTIONS3, interleaved=True),
+            biases(qkv="attention_bias"),
+            *_vision("qwen3_vl", "Qwen3VL", "qwen3_vl_text"),
+        ),
         verified="transformers names; the tower as in Qwen3.5",
     ),
     Family(
@@ -94,7 +122,14 @@ FAMILIES = (
         ),
         _qwen3_vl_moe,
         copies=_TIED,
-        settings=(("qk_layernorm", True), _ROTARY),
+        settings=(
+            *_MOE.settings,
+            provider("qwen_vl.qwen3_vl_provider.Qwen3VLMoEModelProvider"),
+            Setting("moe_router_pre_softmax", "norm_topk_prob", True, values=NORMED.values),
+            *rotary(5e6),
+            mrope(_SECTIONS3, interleaved=True),
+            *_vision("qwen3_vl_moe", "Qwen3VLMoe", "qwen3_vl_moe_text"),
+        ),
         verified="transformers names; the tower as in Qwen3.5",
     ),
 )

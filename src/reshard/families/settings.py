@@ -43,32 +43,38 @@ def biases(*everywhere: str, qkv: str = "") -> Rule:
 # ---------------------------------------------------------------------------------------------------------- windows
 
 
-def _kinds(config: Values) -> list[str]:
-    return list(config.get("layer_types") or ())
+def _kinds(config: Values, num_layers: int) -> list[str]:
+    """What each layer attends to; configs before `layer_types` say from which layer on windows are used."""
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return list(kinds)
+    full = config.get("max_window_layers", 28) if config.get("use_sliding_window") else num_layers
+    return ["full_attention" if layer < full else "sliding_attention" for layer in range(num_layers)]
 
 
-def window(default: int | None = None, *, layers: bool = False) -> Rule:
+def window(default: int | None = None, *, layers: bool = False, switch: bool = False) -> Rule:
     """Sliding windows: Megatron counts the tokens before a token, the config that token too.
 
-    With `layers` only some have a window, which `layer_types` names.
+    With `layers` only some have a window, which `layer_types` names; with `switch` the config turns windows on.
     """
 
     def settings(config: Values, facts: Facts) -> Values:
         size = config.get("sliding_window", default)
-        kinds = _kinds(config)
-        if not size or config.get("use_sliding_window") is False or (layers and "sliding_attention" not in kinds):
+        kinds = _kinds(config, len(facts.layers)) if layers else ["sliding_attention"]
+        if not size or not config.get("use_sliding_window", not switch) or "sliding_attention" not in kinds:
             return {}
         found: dict[str, Any] = {"window_size": [size - 1, 0]}
-        if layers and "full_attention" in kinds:
+        if "full_attention" in kinds:
             found["window_attn_skip_freq"] = [int(kind == "sliding_attention") for kind in kinds]
         return found
 
     def config(settings: Values) -> Values:
         size = _window_size(settings)
-        if not layers:
-            return {"sliding_window": size}
-        kinds = ["sliding_attention" if on else "full_attention" for on in _windowed(settings)]
-        return {"sliding_window": size, "use_sliding_window": size is not None, "layer_types": kinds}
+        found: dict[str, Any] = {"sliding_window": size} | ({"use_sliding_window": size is not None} if switch else {})
+        if layers:
+            kinds = ["sliding_attention" if on else "full_attention" for on in _windowed(settings)]
+            found["layer_types"] = kinds
+        return found
 
     return Rule("window", settings, config)
 
@@ -106,7 +112,7 @@ ALTERNATING = Rule(
 # ------------------------------------------------------------------------------------------------ mixtures of experts
 
 
-def moe(*experts: str, size: str = "moe_intermediate_size", aux: float = 0.001) -> tuple[Item, ...]:
+def moe(*experts: str, size: str = "moe_intermediate_size", aux: float | None = None) -> tuple[Item, ...]:
     """Experts, how many a token takes, and their size, by the config's names."""
     return (
         Setting("num_moe_experts", (*experts, "num_experts", "num_local_experts", "n_routed_experts")),
@@ -156,6 +162,13 @@ def _some_dense_config(settings: Values) -> Values:
 
 SOME_DENSE = Rule("moe_layer_freq", _some_dense, _some_dense_config)
 """Mixtures of experts but where `mlp_only_layers` or `decoder_sparse_step` say otherwise."""
+
+NO_DENSE = Rule(
+    "ffn_hidden_size",
+    lambda config, facts: {"ffn_hidden_size": config.get("intermediate_size") or 4 * config["hidden_size"]},
+    lambda settings: {},
+)
+"""No layer is dense, and the config has no size for one: Megatron's own default stands there."""
 
 NORMED = Setting("moe_router_pre_softmax", "norm_topk_prob", False, values=((True, False), (False, True)))
 """Whether the weights of a token's experts are normalised: Megatron then takes the softmax over these alone."""
@@ -282,10 +295,7 @@ def _linear_config(settings: Values) -> Values:
 
 
 DELTA_NET: tuple[Item, ...] = (
-    (
-        "transformer_layer_spec",
-        "get_transformer_block_with_experimental_attention_variant_spec",
-    ),
+    ("transformer_layer_spec", "get_transformer_block_with_experimental_attention_variant_spec"),
     ("experimental_attention_variant", "gated_delta_net"),
     ("hetereogenous_dist_checkpoint", True),
     ("attention_output_gate", True),
@@ -306,65 +316,58 @@ DELTA_NET: tuple[Item, ...] = (
 """Layers of gated delta nets between those of attention with an output gate."""
 
 
-def _mrope(config: Values, facts: Facts) -> Values:
-    return {"position_embedding_type": "rope", "rope_scaling": False}
-
-
-def _mrope_config(settings: Values) -> Values:
-    sections = settings.get("mrope_section") or _thirds(settings)
-    rope = {
-        "rope_type": "default",
-        "rope_theta": settings["rotary_base"],
-        "partial_rotary_factor": settings["rotary_percent"],
-        "mrope_interleaved": True,
-        "mrope_section": list(sections),
-    }
-    return {"rope_parameters": rope}
-
-
-def _thirds(settings: Values) -> Sequence[int]:
-    """Half of the numbers that are turned, cut among time, height and width as Qwen3.5 does: 11, 11 and 10 of 32."""
-    heads = settings["num_attention_heads"]
-    head = settings.get("kv_channels") or settings["hidden_size"] // heads
-    half = int(head * settings["rotary_percent"]) // 2
-    return [-(-half // 3), -(-(half - 1) // 3), half // 3]
-
-
-MROPE_TEXT = Rule("rope", _mrope, _mrope_config)
-"""Positions in three directions, which are one in text."""
-
-
-def mtp(key: str = "num_nextn_predict_layers") -> Setting:
+def mtp(key: str = "num_nextn_predict_layers") -> Rule:
     """The layers that predict further tokens."""
-    return Setting("mtp_num_layers", key)
+
+    def settings(config: Values, facts: Facts) -> Values:
+        return {"mtp_num_layers": facts.counts.get("mtp", 1)} if "mtp" in facts.tags else {}
+
+    return Rule("mtp_num_layers", settings, lambda settings: {key: settings.get("mtp_num_layers") or 0})
 
 
 # ------------------------------------------------------------------------------------------------------------- vision
 
 
-def mrope(default: Sequence[int]) -> Rule:
-    """Positions in three directions; how many of the numbers turn with each."""
+def mrope(default: Sequence[int], *, interleaved: bool = False) -> Rule:
+    """Positions in three directions: how many of a head's numbers turn with each, one after another or by turns."""
 
     def settings(config: Values, facts: Facts) -> Values:
         sections = config["rope"].get("mrope_section", default)
         return {"position_embedding_type": "mrope", "mrope_section": list(sections), "rope_scaling": False}
 
     def config(settings: Values) -> Values:
-        sections = list(settings.get("mrope_section") or default)
-        return {"rope_scaling": {"rope_type": "default", "type": "mrope", "mrope_section": sections}}
+        rope = {"rope_type": "default", "mrope_section": list(settings.get("mrope_section") or default)}
+        return {"rope_scaling": rope | ({"mrope_interleaved": True} if interleaved else {"type": "mrope"})}
 
     return Rule("rope", settings, config)
 
 
-def mrope_interleaved(default: Sequence[int]) -> Rule:
-    """The same as `mrope` where the numbers of the three directions lie by turns."""
-    plain = mrope(default)
+def _thirds(settings: Values) -> list[int]:
+    """Half of the numbers that are turned, cut among time, height and width as Qwen3.5 does: 11, 11 and 10 of 32."""
+    head = settings.get("kv_channels") or settings["hidden_size"] // settings["num_attention_heads"]
+    half = int(head * settings["rotary_percent"]) // 2
+    return [-(-half // 3), -(-(half - 1) // 3), half // 3]
+
+
+def text_mrope(kind: str = "rope") -> Rule:
+    """Qwen3.5's positions in three directions, which are one in text; partial, and by turns."""
+
+    def settings(config: Values, facts: Facts) -> Values:
+        found: dict[str, Any] = {"position_embedding_type": kind, "rope_scaling": False, "rope_scaling_factor": 1.0}
+        sections = config["rope"].get("mrope_section")
+        return found | ({"mrope_section": list(sections)} if sections and kind == "mrope" else {})
 
     def config(settings: Values) -> Values:
-        sections = settings.get("mrope_section") or default
-        return _mrope_config({**settings, "mrope_section": sections})
+        rope = {
+            "rope_type": "default",
+            "rope_theta": settings["rotary_base"],
+            "partial_rotary_factor": settings["rotary_percent"],
+            "mrope_interleaved": True,
+            "mrope_section": list(settings.get("mrope_section") or _thirds(settings)),
+        }
+        return {"rope_parameters": rope}
 
-    return Rule("rope", plain.settings, config)
+    return Rule("rope", settings, config)
 
 
 def tower(target: str, *tokens: tuple[str, int]) -> tuple[Item, ...]:
@@ -378,14 +381,28 @@ def tower(target: str, *tokens: tuple[str, int]) -> tuple[Item, ...]:
         values: Mapping[str, Any] = vision.get("config_dict", vision)
         return {"vision_config": {n: v for n, v in values.items() if n not in _NOT_OF_TOWER and v is not None}}
 
-    return Rule("vision_config", settings, config), *(Setting(name, name, number) for name, number in tokens)
+    return (
+        Rule("vision_config", settings, config),
+        ("scatter_embedding_sequence_parallel", False),
+        Setting("bos_token_id", "bos_token_id"),
+        Setting("eos_token_id", "eos_token_id"),
+        *(Setting(name, name, number) for name, number in tokens),
+    )
 
+
+def qwen_tokens(start: int, end: int, image: int, video: int) -> tuple[tuple[str, int], ...]:
+    """The tokens around and instead of pictures and films, by name."""
+    numbers = (start, end, image, video)
+    return tuple(zip(QWEN_TOKENS, numbers, strict=True))
+
+
+QWEN_TOKENS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 
 _NOT_OF_TOWER = frozenset(
     {
         "_target_", "_call_", "_name_or_path", "architectures", "chunk_size_feed_forward", "id2label", "label2id",
         "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
-        "transformers_version", "torch_dtype",
+        "transformers_version", "torch_dtype", "dtype",
     }
 )  # fmt: skip
 """What transformers writes into every config object, of no meaning to a tower."""
@@ -393,20 +410,51 @@ _NOT_OF_TOWER = frozenset(
 
 # -------------------------------------------------------------------------------------------------------------- Gemma
 
-GEMMA: tuple[Item, ...] = (
-    ("layernorm_zero_centered_gamma", True),
-    ("activation_func", "fast_gelu"),
-    ("scatter_embedding_sequence_parallel", True),
-)
+GEMMA: tuple[Item, ...] = (("layernorm_zero_centered_gamma", True), ("activation_func", "fast_gelu"))
+"""Norms of 1 + w. Configs of the first Gemma say `gelu`, and its approximation is meant."""
 
 
-def query_scale(config: Values, facts: Facts) -> Values:
+def _bases(config: Values, facts: Facts) -> Values:
+    rope = config["rope"]
+    return {
+        "rotary_base": [config.get("rope_local_base_freq") or 10000.0, config.get("rope_theta") or 1e6],
+        "rope_scaling_factor": rope["factor"] if rope["rope_type"] == "linear" else 1.0,
+        "position_embedding_type": "rope",
+    }
+
+
+def _bases_config(settings: Values) -> Values:
+    local, whole = settings["rotary_base"]
+    factor = settings["rope_scaling_factor"]
+    scaling = {} if factor == 1 else {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+    return {"rope_theta": whole, "rope_local_base_freq": local} | scaling
+
+
+def _scale(config: Values, facts: Facts) -> Values:
     """Gemma 3 divides by the root of a number of its own."""
     return {"softmax_scale": 1.0 / math.sqrt(config.get("query_pre_attn_scalar") or 256)}
 
 
-def query_scale_config(settings: Values) -> Values:
-    scale = settings.get("softmax_scale") or 1.0 / 16
-    scalar = 1.0 / scale**2
+def _scale_config(settings: Values) -> Values:
+    scalar = 1.0 / (settings.get("softmax_scale") or 1.0 / 16) ** 2
     whole = round(scalar)
     return {"query_pre_attn_scalar": whole if math.isclose(scalar, whole, rel_tol=1e-9) else scalar}
+
+
+def _local_window(settings: Values) -> Values:
+    size = settings["window_size"]
+    return {"sliding_window": size if isinstance(size, int) else size[0] + 1}
+
+
+GEMMA3: tuple[Item, ...] = (
+    *GEMMA,
+    ("qk_layernorm", True),
+    ("transformer_layer_spec", "gemma3_layer_spec"),
+    ("interleaved_attn_pattern", [5, 1]),
+    Always("hidden_activation", "gelu_pytorch_tanh"),
+    Rule("rotary_base", _bases, _bases_config),
+    Rule("rope", lambda config, facts: {}, lambda settings: {}),
+    Rule("softmax_scale", _scale, _scale_config),
+    Rule("window", lambda config, _: {"window_size": config.get("sliding_window", 4096)}, _local_window),
+)
+"""Five layers with a window and a rotary base of their own, one without."""

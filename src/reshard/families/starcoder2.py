@@ -5,6 +5,8 @@ Checked: StarCoder2 3B and 15B.
 
 from __future__ import annotations
 
+from reshard.dialects.megatron_config import ACTIVATIONS
+from reshard.dialects.setting import Setting
 from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import (
     MODEL,
@@ -17,6 +19,7 @@ from reshard.families.blocks import (
     mlp_norm,
     plain_mlp,
 )
+from reshard.families.settings import biases, epsilon, window
 
 
 def _facts(config: Config) -> Facts:
@@ -32,7 +35,14 @@ FAMILIES = (
         (*MODEL, *input_norm(), *attention(), *mlp_norm(), *plain_mlp("c_fc", "c_proj"), *NORM_BIASES),
         _facts,
         copies=TIED_HEAD,
-        settings=(("normalization", "LayerNorm"), ("gated_linear_unit", False), ("add_bias_linear", True)),
+        settings=(
+            ("normalization", "LayerNorm"),
+            ("gated_linear_unit", False),
+            epsilon("norm_epsilon", 1e-5),
+            Setting("activation_func", "hidden_act", "gelu_pytorch_tanh", ACTIVATIONS),
+            biases("use_bias"),
+            window(),
+        ),
         verified="names of NeMo 2 only",
     ),
 )
