@@ -24,7 +24,9 @@ from checkpoints import write_dcp
 from reshard.core.checkpoint import Checkpoint, Origin
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Literal, Tensor
-from reshard.dialects import torchtitan
+from reshard.dialects import match, torchtitan
+from reshard.dialects.fuse import QKV, SAME, Chained, Rotary
+from reshard.dialects.table import Row
 from reshard.errors import Incomplete, Mismatch, Unsupported
 from reshard.storage.files import LazySource
 
@@ -301,11 +303,13 @@ def test_joining_undoes_splitting(model_type: str) -> None:
 
 @pytest.mark.parametrize("rotary", [True, False])
 def test_fused_projections_are_joined_as_they_were_split(rotary: bool) -> None:
-    row = torchtitan.FusedQKV("qkv", ("q", "k", "v"), num_heads=6, num_kv_heads=2, rotary=rotary)
+    of_parts = (Rotary("heads"), Rotary("groups"), SAME) if rotary else (SAME, SAME, SAME)
+    row = Row("qkv", ("q", "k", "v"), Chained(QKV, of_parts))
+    sizes = {"heads": 6, "groups": 2, "head_dim": 4}
     fused = of({"qkv": torch.randn((6 + 2 + 2) * 4, 5)})
-    parts = row.split(fused.tensors["qkv"], {})
+    parts = match.split(fused.tensors["qkv"], row, {}, sizes)
     assert {name: part.shape for name, part in parts.items()} == {"q": (24, 5), "k": (8, 5), "v": (8, 5)}
-    joined = replace(fused, tensors={"qkv": row.join({(0, n): part for n, part in enumerate(parts.values())}, "qkv")})
+    joined = replace(fused, tensors=match.joined(parts, [row], sizes))
     assert values(joined) == values(fused)
 
 

@@ -207,5 +207,5 @@ def test_a_missing_expert_is_an_error() -> None:
 def test_no_model_type_has_two_rows_for_one_name() -> None:
     for model_type in {m for table in dialect.TABLES for m in table.model_types}:
         inner, outer = dialect.rows({"model_type": model_type})
-        for sides in ([r.module for r in (*inner, *outer)], [r.hub for r in outer if not r.before]):
+        for sides in ([r.name for r in (*inner, *outer)], [r.hub for r in outer if not r.variant]):
             assert len(set(sides)) == len(sides), model_type

@@ -11,31 +11,55 @@ written is what the reference has.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from reshard.core.box import Shape
-from reshard.core.tensor import Tensor, concat, stack
-from reshard.errors import Incomplete, Mismatch, listed
+from reshard.core.tensor import Tensor
+from reshard.dialects import match
+from reshard.dialects.fuse import GLU, SAME
+from reshard.dialects.table import Row
+from reshard.errors import Mismatch, listed
 
-_PACKED = re.compile(r"(?P<path>.+\.experts)\.(?P<what>gate_up_proj|down_proj)")
-_SINGLE = re.compile(r"(?P<path>.+\.experts)\.(?P<expert>\d{1,7})\.(?:gate_proj|up_proj|down_proj)\.weight")
+TURNED_ON_HUB = ("qwen3_vl_moe", "qwen3_vl_moe_text")
+"""Model types whose experts are turned on the hub."""
+
+PACKED_ON_HUB = frozenset(
+    ("gpt_oss", "llama4", "llama4_text", "gemma4", "gemma4_text", "mistral4", "granitemoe_swa", "zaya", *TURNED_ON_HUB)
+)
+"""Model types whose experts transformers saves in one tensor, either way round."""
+
+
+def rows(packed: str, single: str, names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) -> tuple[Row, Row]:
+    """The rows of experts that are packed in `packed` and single in `single`, which has `{expert}`.
+
+    `names` are the single matrices': gate, where there is one, up and down.
+    """
+    *up, down = (f"{single}.{name}.weight" for name in names)
+    joint = f"{packed}.gate_up_proj" if len(up) == 2 else f"{packed}.up_proj"
+    return Row(joint, tuple(up), GLU if len(up) == 2 else SAME), Row(f"{packed}.down_proj", down)
+
+
+_ANYWHERE = rows("{rest}.experts", "{rest}.experts.{expert}")
 
 
 def unpacked(tensors: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
     """Tensors with single experts. Names that the family's table has itself (`known`) stay.
 
-    Raises Mismatch when the shapes of a layer's two tensors are not those of experts.
+    Raises Mismatch when the shapes of a layer's two tensors are not those of experts, or an expert is there twice.
     """
     result: dict[str, Tensor] = {}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        match = _PACKED.fullmatch(name)
-        if match is None or name in known or len(tensor.shape) != 3:
-            result[name] = tensor
-            continue
-        if is_turned(match["path"], shapes):
-            tensor = tensor.permute(0, 2, 1)
-        result |= _single(match["path"], match["what"], tensor)
+        found = match.by_name(name, _ANYWHERE) if name not in known and len(tensor.shape) == 3 else None
+        parts = {name: tensor}
+        if found is not None:
+            row, at = found
+            way_round = tensor.permute(0, 2, 1) if is_turned(_place(name), shapes) else tensor
+            parts = match.split(way_round, row, at, {})
+        twice = [part for part in parts if part in result or (part in tensors and part != name)]
+        if twice:
+            raise Mismatch(f"{_place(name)}: experts are there packed and single: {listed(twice)}")
+        result |= parts
     return result
 
 
@@ -44,52 +68,71 @@ def packed(tensors: Mapping[str, Tensor], reference: Mapping[str, Shape]) -> dic
 
     Raises Incomplete when an expert is missing.
     """
-    result = dict(tensors)
-    counts = _counts(tensors)
-    for name in reference:
-        match = _PACKED.fullmatch(name)
-        if match is None or name in tensors or match["path"] not in counts:
-            continue
-        path = match["path"]
-        wanted = ("gate_proj", "up_proj") if match["what"] == "gate_up_proj" else ("down_proj",)
-        single = [[f"{path}.{expert}.{w}.weight" for w in wanted] for expert in range(counts[path])]
-        missing = [one for names in single for one in names if one not in tensors]
-        if missing:
-            raise Incomplete(f"{name}: {len(missing)} matrices of its experts are missing: {listed(missing)}")
-        whole = stack([concat([result.pop(one) for one in names], 0) for names in single])
-        result[name] = whole.permute(0, 2, 1) if is_turned(path, reference) else whole
+    wanted = {name for name in reference if name not in tensors and match.by_name(name, _ANYWHERE)}
+    if not wanted:
+        return dict(tensors)
+    result = match.joined(tensors, _ANYWHERE, {}, only=wanted)
+    for name in wanted & result.keys():
+        if is_turned(_place(name), reference):
+            result[name] = result[name].permute(0, 2, 1)
     return result
 
 
-def is_turned(path: str, shapes: Mapping[str, Shape]) -> bool:
+def turned(tensors: Mapping[str, Tensor], *, to_hub: bool = True) -> tuple[dict[str, Tensor], list[str]]:
+    """Packed experts turned the hub's way round (or back), and sentences about them.
+
+    Which way they are is seen on both tensors of a layer together. Square ones transformers reads as they are, so
+    they stay.
+    """
+    result = dict(tensors)
+    count, square = 0, []
+    for name in tensors:
+        if not name.endswith(".experts.gate_up_proj"):
+            continue
+        pair = name, f"{_place(name)}.down_proj"
+        gate_up, down = (tensors[one].shape if one in tensors else () for one in pair)
+        if len(gate_up) != 3 or len(down) != 3 or _fits(gate_up, down) != to_hub:
+            continue
+        if gate_up[1] == gate_up[2] or down[1] == down[2]:
+            square.append(name)
+            continue
+        result |= {one: tensors[one].permute(0, 2, 1) for one in pair}
+        count += 2
+    said = [f"{count} tensors of fused experts turned to (E, in, out), as on the hub"] if count else []
+    if square and to_hub:
+        said.append(f"square experts keep (E, out, in), which transformers 5 reads as it is: {listed(square, 3)}")
+    return result, said
+
+
+def is_turned(place: str, shapes: Mapping[str, Shape]) -> bool:
     """Whether packed experts are (E, in, out). Raises Mismatch when a layer's two tensors do not fit each other."""
-    gate_up, down = shapes.get(f"{path}.gate_up_proj"), shapes.get(f"{path}.down_proj")
+    gate_up, down = shapes.get(f"{place}.gate_up_proj"), shapes.get(f"{place}.down_proj")
     if gate_up is None or down is None or len(gate_up) != 3 or len(down) != 3:
-        raise Mismatch(f"{path}: gate_up_proj and down_proj of three dimensions each were expected")
-    if gate_up[0] == down[0]:
-        if gate_up[1] == 2 * down[2] and gate_up[2] == down[1]:
+        raise Mismatch(f"{place}: gate_up_proj and down_proj of three dimensions each were expected")
+    if 0 not in (*gate_up, *down) and gate_up[0] == down[0]:
+        if _fits(gate_up, down):
             return False
-        if gate_up[2] == 2 * down[1] and gate_up[1] == down[2]:
+        if _fits(_turned(gate_up), _turned(down)):
             return True
-    raise Mismatch(f"{path}: gate_up_proj {list(gate_up)} and down_proj {list(down)} are not those of experts")
+    raise Mismatch(f"{place}: gate_up_proj {list(gate_up)} and down_proj {list(down)} are not those of experts")
 
 
-def _single(path: str, what: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
-    half = tensor.shape[1] // 2
-    for expert in range(tensor.shape[0]):
-        matrix = tensor[expert]
-        if what == "down_proj":
-            yield f"{path}.{expert}.down_proj.weight", matrix
-        else:
-            yield f"{path}.{expert}.gate_proj.weight", matrix[:half]
-            yield f"{path}.{expert}.up_proj.weight", matrix[half:]
+def is_packed(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor holds all experts of a layer."""
+    return len(tensor.shape) == 3 and bool(_PACKED.fullmatch(name))
 
 
-def _counts(names: Iterable[str]) -> dict[str, int]:
-    """How many single experts there are at each path."""
-    counts: dict[str, int] = {}
-    for name in names:
-        match = _SINGLE.fullmatch(name)
-        if match is not None:
-            counts[match["path"]] = max(counts.get(match["path"], 0), int(match["expert"]) + 1)
-    return counts
+_PACKED = re.compile(r"(?:.+\.)?experts\.(?:gate_up_proj|up_proj|down_proj)")
+
+
+def _place(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _fits(gate_up: Shape, down: Shape) -> bool:
+    """Whether these are (E, 2I, H) and (E, H, I)."""
+    return gate_up[1] == 2 * down[2] and gate_up[2] == down[1]
+
+
+def _turned(shape: Shape) -> Shape:
+    return shape[0], shape[2], shape[1]

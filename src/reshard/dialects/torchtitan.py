@@ -19,163 +19,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
 from reshard.core.checkpoint import Checkpoint
-from reshard.core.tensor import Tensor, concat
-from reshard.dialects.row import Config, Experts, Parts, Rename, Row, joined, matching, natural
-from reshard.errors import Incomplete, Mismatch, Unsupported, listed
-
-
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """A projection to heads: pairs of neighbouring rows in torchtitan, first and second halves on the hub."""
-
-    module: str
-    hub: str
-    num_heads: int
-    before: bool = False
-
-    @property
-    def hubs(self) -> tuple[str, ...]:
-        return (self.hub,)
-
-    def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
-        _check_heads(self.module.format(**at), tensor, 2 * self.num_heads)
-        return {self.hub.format(**at): _halves(tensor, self.num_heads)}
-
-    def join(self, parts: Parts, name: str) -> Tensor:
-        _check_heads(name, parts[0, 0], 2 * self.num_heads)
-        return _pairs(parts[0, 0], self.num_heads)
-
-
-@dataclass(frozen=True, slots=True)
-class FusedQKV:
-    """Queries, keys and values in one: for each key-value head its query heads, its key, its value."""
-
-    module: str
-    hub: tuple[str, str, str]
-    num_heads: int
-    num_kv_heads: int
-    rotary: bool = False
-    """Whether rows of queries and keys are paired as `Rotary` says."""
-    before: bool = False
-
-    @property
-    def hubs(self) -> tuple[str, ...]:
-        return self.hub
-
-    def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
-        group = self.num_heads // self.num_kv_heads
-        _check_heads(self.module.format(**at), tensor, self.num_kv_heads * (group + 2))
-        head_dim = tensor.shape[0] // (self.num_kv_heads * (group + 2))
-        grouped = tensor.unflatten(0, (self.num_kv_heads, group + 2, head_dim))
-        parts = [grouped[:, a:b].flatten(0, 2) for a, b in ((0, group), (group, group + 1), (group + 1, group + 2))]
-        if self.rotary:
-            parts[:2] = _halves(parts[0], self.num_heads), _halves(parts[1], self.num_kv_heads)
-        return {name.format(**at): part for name, part in zip(self.hub, parts, strict=True)}
-
-    def join(self, parts: Parts, name: str) -> Tensor:
-        query, key, value = _three(parts, name)
-        if self.rotary:
-            query, key = _pairs(query, self.num_heads), _pairs(key, self.num_kv_heads)
-        head_dim, group = value.shape[0] // self.num_kv_heads, self.num_heads // self.num_kv_heads
-        counted = ((query, group), (key, 1), (value, 1))
-        return concat([t.unflatten(0, (self.num_kv_heads, n, head_dim)) for t, n in counted], 1).flatten(0, 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Turned:
-    """Matrices of all experts, (E, out, in) in torchtitan and (E, in, out) on the hub."""
-
-    module: str
-    hub: str
-    before: bool = False
-
-    @property
-    def hubs(self) -> tuple[str, ...]:
-        return (self.hub,)
-
-    def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
-        if len(tensor.shape) != 3:
-            raise Mismatch(f"{self.module.format(**at)}: shape {list(tensor.shape)} is not that of fused experts")
-        return {self.hub.format(**at): tensor.permute(0, 2, 1)}
-
-    def join(self, parts: Parts, name: str) -> Tensor:
-        return parts[0, 0].permute(0, 2, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """A tensor whose last dimension holds several one after the other."""
-
-    module: str
-    hub: tuple[str, ...]
-    before: bool = False
-
-    @property
-    def hubs(self) -> tuple[str, ...]:
-        return self.hub
-
-    def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
-        columns = tensor.shape[-1] // len(self.hub)
-        dims = (slice(None),) * (len(tensor.shape) - 1)
-        return {
-            name.format(**at): tensor[(*dims, slice(n * columns, (n + 1) * columns))] for n, name in enumerate(self.hub)
-        }
-
-    def join(self, parts: Parts, name: str) -> Tensor:
-        missing = [hub for slot, hub in enumerate(self.hub) if (0, slot) not in parts]
-        if missing:
-            raise Incomplete(f"{name}: no tensor for {listed(missing)}")
-        return concat([parts[0, slot] for slot in range(len(self.hub))], len(parts[0, 0].shape) - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """What training needs and the hub's architecture has no place for."""
-
-    module: str
-    before: bool = False
-
-    @property
-    def hubs(self) -> tuple[str, ...]:
-        return ()
-
-    def split(self, tensor: Tensor, at: Mapping[str, str]) -> dict[str, Tensor]:
-        return {}
-
-    def join(self, parts: Parts, name: str) -> Tensor:
-        raise Incomplete(f"{name}: the hub has no tensor for it")
-
-
-def _halves(tensor: Tensor, num_heads: int) -> Tensor:
-    """Rows of each head from (0, 1), (2, 3), ... to 0, 2, ..., 1, 3, ..."""
-    rows = tensor.unflatten(0, (num_heads, tensor.shape[0] // num_heads // 2, 2))
-    return rows.permute(0, 2, 1, *range(3, len(rows.shape))).flatten(0, 2)
-
-
-def _pairs(tensor: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `_halves`."""
-    rows = tensor.unflatten(0, (num_heads, 2, tensor.shape[0] // num_heads // 2))
-    return rows.permute(0, 2, 1, *range(3, len(rows.shape))).flatten(0, 2)
-
-
-def _check_heads(name: str, tensor: Tensor, divisor: int) -> None:
-    if not tensor.shape or not tensor.shape[0] or tensor.shape[0] % divisor:
-        raise Mismatch(
-            f"{name}: shape {list(tensor.shape)} does not divide into {divisor} blocks of rows, as the heads of the"
-            " config imply",
-            hint="the config belongs to another model: --base names the one that was trained",
-        )
-
-
-def _three(parts: Parts, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    if len(parts) != 3:
-        raise Incomplete(f"{name}: {3 - len(parts)} of its queries, keys and values are missing")
-    return parts[0, 0], parts[0, 1], parts[0, 2]
-
+from reshard.core.tensor import Tensor
+from reshard.dialects import match
+from reshard.dialects.fuse import QKV, SAME, Beside, Chained, Dropped, Fuse, Rotary, Sizes, Transposed
+from reshard.dialects.match import by_name, joined, natural
+from reshard.dialects.table import Config, Row
+from reshard.errors import Mismatch, Unsupported, listed
 
 # -------------------------------------------------------------------------------------------------------- the tables
 
@@ -183,8 +36,8 @@ _EXPERTS = "moe.routed_experts.inner_experts"
 _QKV = "attention.qkv_linear"
 
 
-def _moved(module: str, hub: str) -> Rename:
-    return Rename(f"layers.{{layer}}.{module}", f"model.layers.{{layer}}.{hub}")
+def _moved(module: str, hub: str) -> Row:
+    return Row(f"layers.{{layer}}.{module}", f"model.layers.{{layer}}.{hub}")
 
 
 def _feed_forward(module: str, hub: str) -> tuple[Row, ...]:
@@ -195,30 +48,31 @@ def _feed_forward(module: str, hub: str) -> tuple[Row, ...]:
 def _experts_apart() -> tuple[Row, ...]:
     names = (("w1_EFD", "gate_proj"), ("w3_EFD", "up_proj"), ("w2_EDF", "down_proj"))
     hub = "model.layers.{layer}.mlp.experts.{expert}."
-    return tuple(Experts(f"layers.{{layer}}.{_EXPERTS}.{ours}", (f"{hub}{theirs}.weight",)) for ours, theirs in names)
+    return tuple(Row(f"layers.{{layer}}.{_EXPERTS}.{ours}", f"{hub}{theirs}.weight") for ours, theirs in names)
 
 
-def _attention(config: Config, kinds: tuple[str, ...] = ("weight",), rotary: bool = False) -> tuple[Row, ...]:
+_PLAIN: tuple[Fuse, ...] = (SAME, SAME, SAME)
+_ROTARY: tuple[Fuse, ...] = (Rotary("heads"), Rotary("groups"), SAME)
+"""Of queries, keys and values."""
+
+
+def _attention(kinds: tuple[str, ...] = ("weight",), rotary: bool = False) -> tuple[Row, ...]:
     """Queries, keys and values, each for itself or fused as between April and June 2026."""
-    heads, kv_heads = _heads(config)
+    fuses = _ROTARY if rotary else _PLAIN
     rows: list[Row] = []
     for kind in kinds:
         at = f"layers.{{layer}}.{_QKV}"
-        query, key, value = (f"model.layers.{{layer}}.self_attn.{part}_proj.{kind}" for part in "qkv")
-        if rotary:
-            rows += [Rotary(f"{at}.wq.{kind}", query, heads), Rotary(f"{at}.wk.{kind}", key, kv_heads)]
-        else:
-            rows += [Rename(f"{at}.wq.{kind}", query), Rename(f"{at}.wk.{kind}", key)]
-        rows.append(Rename(f"{at}.wv.{kind}", value))
-        rows.append(FusedQKV(f"{at}.wqkv.{kind}", (query, key, value), heads, kv_heads, rotary, before=True))
+        hub = tuple(f"model.layers.{{layer}}.self_attn.{part}_proj.{kind}" for part in "qkv")
+        rows += [Row(f"{at}.w{part}.{kind}", name, fuse) for part, name, fuse in zip("qkv", hub, fuses, strict=True)]
+        rows.append(Row(f"{at}.wqkv.{kind}", hub, Chained(QKV, fuses) if rotary else QKV, variant=True))
         rows.append(_moved(f"attention.wo.{kind}", f"self_attn.o_proj.{kind}"))
     return tuple(rows)
 
 
 _MODEL: tuple[Row, ...] = (
-    Rename("tok_embeddings.weight", "model.embed_tokens.weight"),
-    Rename("norm.weight", "model.norm.weight"),
-    Rename("lm_head.weight", "lm_head.weight"),
+    Row("tok_embeddings.weight", "model.embed_tokens.weight"),
+    Row("norm.weight", "model.norm.weight"),
+    Row("lm_head.weight", "lm_head.weight"),
     _moved("attention_norm.weight", "input_layernorm.weight"),
     _moved("ffn_norm.weight", "post_attention_layernorm.weight"),
 )
@@ -241,17 +95,17 @@ _NEXT_TOKENS = (
 )
 _ROUTER = _moved("moe.router.gate.weight", "mlp.gate.weight")
 _BIAS = "layers.{layer}.moe.expert_bias_E"
-_LEFT: tuple[Row, ...] = (Left(_BIAS), Left("layers.{layer}.moe.tokens_per_expert_E"))
+_LEFT = tuple(Row(name, (), Dropped()) for name in (_BIAS, "layers.{layer}.moe.tokens_per_expert_E"))
 """Of load balancing without a loss: a bias of the router, which steers training, and a counter."""
 
 
 def _llama(config: Config) -> tuple[Row, ...]:
-    return *_MODEL, *_attention(config, rotary=True), *_feed_forward("feed_forward", "mlp")
+    return *_MODEL, *_attention(rotary=True), *_feed_forward("feed_forward", "mlp")
 
 
 def _qwen3(config: Config) -> tuple[Row, ...]:
     experts = (*_experts_apart(), _ROUTER, *_LEFT) if config.get("model_type") == "qwen3_moe" else ()
-    return *_MODEL, *_attention(config), *_HEAD_NORMS, *_feed_forward("feed_forward", "mlp"), *experts
+    return *_MODEL, *_attention(), *_HEAD_NORMS, *_feed_forward("feed_forward", "mlp"), *experts
 
 
 def _deepseek_v3(config: Config) -> tuple[Row, ...]:
@@ -271,12 +125,12 @@ def _gpt_oss(config: Config) -> tuple[Row, ...]:
     experts = f"layers.{{layer}}.{_EXPERTS}"
     hub = "model.layers.{layer}.mlp.experts"
     return (
-        *_MODEL, *_attention(config, ("weight", "bias")), _moved("attention.sinks", "self_attn.sinks"), *_LEFT,
+        *_MODEL, *_attention(("weight", "bias")), _moved("attention.sinks", "self_attn.sinks"), *_LEFT,
         _moved("moe.router.gate.weight", "mlp.router.weight"), _moved("moe.router.gate.bias", "mlp.router.bias"),
-        Turned(f"{experts}.mlp1_weight_EGD", f"{hub}.gate_up_proj"),
-        Turned(f"{experts}.mlp2_weight_EDF", f"{hub}.down_proj"),
-        Rename(f"{experts}.mlp1_bias_EG", f"{hub}.gate_up_proj_bias"),
-        Rename(f"{experts}.mlp2_bias_ED", f"{hub}.down_proj_bias"),
+        Row(f"{experts}.mlp1_weight_EGD", f"{hub}.gate_up_proj", Transposed()),
+        Row(f"{experts}.mlp2_weight_EDF", f"{hub}.down_proj", Transposed()),
+        Row(f"{experts}.mlp1_bias_EG", f"{hub}.gate_up_proj_bias"),
+        Row(f"{experts}.mlp2_bias_ED", f"{hub}.down_proj_bias"),
     )  # fmt: skip
 
 
@@ -284,17 +138,18 @@ def _llama4(config: Config) -> tuple[Row, ...]:
     experts = f"layers.{{layer}}.{_EXPERTS}"
     hub = "model.layers.{layer}.feed_forward.experts"
     return (
-        *_MODEL, *_attention(config), *_feed_forward("feed_forward", "feed_forward"), *_LEFT,
+        *_MODEL, *_attention(), *_feed_forward("feed_forward", "feed_forward"), *_LEFT,
         _moved("moe.router.gate.weight", "feed_forward.router.weight"),
         *_feed_forward("moe.shared_experts", "feed_forward.shared_expert"),
-        Turned(f"{experts}.w1_EFD", f"{hub}.gate_proj"), Turned(f"{experts}.w3_EFD", f"{hub}.up_proj"),
-        Turned(f"{experts}.w2_EDF", f"{hub}.down_proj"),
+        Row(f"{experts}.w1_EFD", f"{hub}.gate_proj", Transposed()),
+        Row(f"{experts}.w3_EFD", f"{hub}.up_proj", Transposed()),
+        Row(f"{experts}.w2_EDF", f"{hub}.down_proj", Transposed()),
     )  # fmt: skip
 
 
 _LLAMA4_EXPERTS = "{path}layers.{layer}.feed_forward.experts"
 _LLAMA4_FUSED: tuple[Row, ...] = (
-    Beside(f"{_LLAMA4_EXPERTS}.gate_up_proj", (f"{_LLAMA4_EXPERTS}.gate_proj", f"{_LLAMA4_EXPERTS}.up_proj")),
+    Row(f"{_LLAMA4_EXPERTS}.gate_up_proj", tuple(f"{_LLAMA4_EXPERTS}.{x}_proj" for x in ("gate", "up")), Beside(2)),
 )
 """Gate and up of all experts are one tensor on the hub: this row is joined on the way to it, split on the way back."""
 
@@ -328,25 +183,16 @@ def rows(config: Config) -> tuple[Row, ...]:
         )
     newest = TABLES[model_type](config)
     if model_type == "llama4":
-        newest = tuple(_under_language_model(row) for row in newest)
+        newest = tuple(replace(row, hub=tuple(f"language_model.{name}" for name in row.hubs)) for row in newest)
     return (*newest, *chain.from_iterable(_older(row) for row in newest))
 
 
 def _older(row: Row) -> Iterator[Row]:
-    spellings = [row.module]
+    spellings = [row.name]
     for newer, older in _OLDER:
         spellings += [newer.sub(older, name) for name in spellings if newer.search(name)]
     for spelling in spellings[1:]:
-        yield replace(row, module=spelling, before=True)  # type: ignore[type-var]
-
-
-def _under_language_model(row: Row) -> Row:
-    if isinstance(row, Rename | Turned):
-        return replace(row, hub=f"language_model.{row.hub}")
-    if isinstance(row, FusedQKV):
-        query, key, value = row.hub
-        return replace(row, hub=(f"language_model.{query}", f"language_model.{key}", f"language_model.{value}"))
-    return row
+        yield replace(row, name=spelling, variant=True)
 
 
 def _model_type(config: Config) -> str:
@@ -361,12 +207,15 @@ def _size(config: Config, name: str) -> int:
     return value
 
 
-def _heads(config: Config) -> tuple[int, int]:
-    """(query heads, key-value heads)."""
+def _sizes(config: Config) -> Sizes:
+    """What the fuses of attention ask for."""
     text = config.get("text_config")
+    text = text if isinstance(text, Mapping) else config
     heads = _size(config, "num_attention_heads")
-    has_kv = (text if isinstance(text, Mapping) else config).get("num_key_value_heads") is not None
-    return heads, _size(config, "num_key_value_heads") if has_kv else heads
+    groups = _size(config, "num_key_value_heads") if text.get("num_key_value_heads") is not None else heads
+    has_head_dim = text.get("head_dim") is not None
+    head_dim = _size(config, "head_dim") if has_head_dim else _size(config, "hidden_size") // heads
+    return {"heads": heads, "groups": groups, "head_dim": head_dim}
 
 
 # --------------------------------------------------------------------------------------------------------- both ways
@@ -401,7 +250,7 @@ def to_hub(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
     _check_known(checkpoint, table, config)
     _check_experts(checkpoint, config)
     tensors, notices = _split(checkpoint, table, config)
-    tensors = joined(tensors, _LLAMA4_FUSED)
+    tensors = joined(tensors, _LLAMA4_FUSED, {})
     tensors = {fqn: tensors[fqn] for fqn in sorted(tensors, key=natural)}
     config, changes = _as_trained(config, tensors)
     return replace(
@@ -413,14 +262,14 @@ def from_hub(checkpoint: Checkpoint, config: Config) -> Checkpoint:
     """The inverse: hub names as the newest torchtitan writes them. Raises Incomplete when an expert is missing."""
     tensors: dict[str, Tensor] = {}
     for fqn, tensor in checkpoint.tensors.items():
-        found = next(matching(fqn, _LLAMA4_FUSED), None)
-        tensors |= {fqn: tensor} if found is None else found[0].split(tensor, found[1])
-    tensors = {_apart(fqn, config): tensor for fqn, tensor in joined(tensors, rows(config)).items()}
+        found = by_name(fqn, _LLAMA4_FUSED)
+        tensors |= {fqn: tensor} if found is None else match.split(tensor, *found, {})
+    tensors = {_apart(fqn, config): tensor for fqn, tensor in joined(tensors, rows(config), _sizes(config)).items()}
     return replace(checkpoint, tensors=tensors, paths={})
 
 
 def _check_known(checkpoint: Checkpoint, table: tuple[Row, ...], config: Config) -> None:
-    unknown = [fqn for fqn in checkpoint if next(matching(_numbered(fqn, config), table), None) is None]
+    unknown = [fqn for fqn in checkpoint if by_name(_numbered(fqn, config), table) is None]
     if unknown:
         raise Mismatch(
             f"{checkpoint.origin.path}: {len(unknown)} of torchtitan's names have no place in a"
@@ -451,13 +300,15 @@ def _split(checkpoint: Checkpoint, table: tuple[Row, ...], config: Config) -> tu
     """The tensors under the hub's names, and sentences about what was done."""
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
-    permuted, split, left = 0, 0, []
+    permuted, split, left, sizes = 0, 0, [], _sizes(config)
     for fqn, tensor in checkpoint.tensors.items():
-        row, at = next(matching(_numbered(fqn, config), table))
-        permuted += isinstance(row, Rotary) or (isinstance(row, FusedQKV) and row.rotary)
-        split += isinstance(row, Experts | FusedQKV)
-        left += [fqn] if isinstance(row, Left) else []
-        for name, part in row.split(tensor, at).items():
+        found = by_name(_numbered(fqn, config), table)
+        assert found is not None, "names that no row has were refused"
+        row, at = found
+        permuted += isinstance(row.fuse, Rotary | Chained)
+        split += bool(row.packs) or len(row.hubs) > 1
+        left += [] if row.hubs else [fqn]
+        for name, part in _parts(tensor, row, at, sizes).items():
             if name in tensors:
                 raise Mismatch(f"{checkpoint.origin.path}: {origin[name]} and {fqn} are both {name} on the hub")
             tensors[name], origin[name] = part, fqn
@@ -477,6 +328,14 @@ def _split(checkpoint: Checkpoint, table: tuple[Row, ...], config: Config) -> tu
     if config.get("vision_config") is not None:
         notices.append("torchtitan trains the text model alone: the output has no vision tower")
     return tensors, notices
+
+
+def _parts(tensor: Tensor, row: Row, at: match.Numbers, sizes: Sizes) -> dict[str, Tensor]:
+    try:
+        return match.split(tensor, row, at, sizes)
+    except Mismatch as error:
+        hint = "the config belongs to another model: --base names the one that was trained"
+        raise Mismatch(str(error), hint=hint) from error
 
 
 def _as_trained(config: Config, tensors: Mapping[str, Tensor]) -> tuple[Config, list[str]]:

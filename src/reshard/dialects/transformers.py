@@ -17,14 +17,15 @@ default configs. Vision towers of the CLIP and SigLIP kinds lie in `vision_tower
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from reshard.core.checkpoint import Checkpoint
 from reshard.core.tensor import Tensor
-from reshard.dialects.row import Config, Experts, Rename, Row, joined, matching, natural, pattern
+from reshard.dialects import packing
+from reshard.dialects.match import by_name, joined, natural, pattern, split
+from reshard.dialects.table import Config, Row
 from reshard.errors import Mismatch, listed
 
 
@@ -34,44 +35,42 @@ class Table:
 
     model_types: tuple[str, ...]
     inner: tuple[Row, ...] = ()
-    outer: tuple[Rename, ...] = ()
+    outer: tuple[Row, ...] = ()
 
 
-def _experts(block: str, moe: str, gate_up: tuple[str, ...], down: str, hub_moe: str = "") -> tuple[Row, ...]:
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def _experts(block: str, moe: str, names: tuple[str, ...] = _GATED, hub_moe: str = "") -> tuple[Row, ...]:
     """The two tensors of fused experts in `moe`, a submodule of each layer, under the hub's names of the matrices."""
-    hub = f"{{path}}{block}.{{layer}}.{hub_moe or moe}.experts.{{expert}}"
-    module = f"{{path}}{block}.{{layer}}.{moe}.experts"
-    fused = "gate_up_proj" if len(gate_up) == 2 else "up_proj"
-    return (
-        Experts(f"{module}.{fused}", tuple(f"{hub}.{name}.weight" for name in gate_up)),
-        Experts(f"{module}.down_proj", (f"{hub}.{down}.weight",)),
-    )
+    layer = f"{{path}}{block}.{{layer}}"
+    return packing.rows(f"{layer}.{moe}.experts", f"{layer}.{hub_moe or moe}.experts.{{expert}}", names)
 
 
-def _moved(module: str, hub: str) -> Rename:
-    return Rename(f"{{path}}layers.{{layer}}.{module}", f"{{path}}layers.{{layer}}.{hub}")
+def _moved(module: str, hub: str) -> Row:
+    return Row(f"{{path}}layers.{{layer}}.{module}", f"{{path}}layers.{{layer}}.{hub}")
 
 
-_PLAIN = _experts("layers", "mlp", ("gate_proj", "up_proj"), "down_proj")
-_W123 = _experts("layers", "mlp", ("w1", "w3"), "w2", hub_moe="block_sparse_moe")
+_PLAIN = _experts("layers", "mlp")
+_W123 = _experts("layers", "mlp", ("w1", "w3", "w2"), hub_moe="block_sparse_moe")
 
 
-def _under_model(*parts: str) -> tuple[Rename, ...]:
-    return tuple(Rename(f"model.{part}.{{rest}}", f"{part}.{{rest}}") for part in parts)
+def _under_model(*parts: str) -> tuple[Row, ...]:
+    return tuple(Row(f"model.{part}.{{rest}}", f"{part}.{{rest}}") for part in parts)
 
 
 _LLAVA_TEXT = (
-    Rename("model.language_model.{rest}", "language_model.model.{rest}"),
-    Rename("lm_head.{rest}", "language_model.lm_head.{rest}"),
+    Row("model.language_model.{rest}", "language_model.model.{rest}"),
+    Row("lm_head.{rest}", "language_model.lm_head.{rest}"),
 )
-_LLAVA = (*_LLAVA_TEXT, *_under_model("multi_modal_projector"), Rename("model.image_newline", "image_newline"))
-_QWEN_VL = (Rename("model.language_model.{rest}", "model.{rest}"), *_under_model("visual"))
+_LLAVA = (*_LLAVA_TEXT, *_under_model("multi_modal_projector"), Row("model.image_newline", "image_newline"))
+_QWEN_VL = (Row("model.language_model.{rest}", "model.{rest}"), *_under_model("visual"))
 _OMNI = (*_QWEN_VL, *_under_model("audio_tower"))
 _IN_MODEL = tuple(
-    Rename(f"model.{tower}.{{part}}.{{rest}}", f"{tower}.vision_model.{{part}}.{{rest}}")
+    Row(f"model.{tower}.{{part}}.{{rest}}", f"{tower}.vision_model.{{part}}.{{rest}}")
     for tower in ("vision_tower", "image_tower", "video_tower")
 ) + tuple(
-    Rename(f"model.{tower}.vision_model.{{rest}}", f"{tower}.vision_model.{{rest}}", before=True)
+    Row(f"model.{tower}.vision_model.{{rest}}", f"{tower}.vision_model.{{rest}}", variant=True)
     for tower in ("vision_tower", "image_tower", "video_tower")
 )
 _TOWERS = _under_model("vision_tower", "image_tower", "video_tower")
@@ -155,8 +154,8 @@ TABLES = (
         ("phimoe",),
         inner=(*_W123, _moved("mlp.router.weight", "block_sparse_moe.gate.weight")),
     ),
-    Table(("jamba",), inner=_experts("layers", "feed_forward", ("gate_proj", "up_proj"), "down_proj")),
-    Table(("lfm2_moe",), inner=_experts("layers", "feed_forward", ("w1", "w3"), "w2")),
+    Table(("jamba",), inner=_experts("layers", "feed_forward")),
+    Table(("lfm2_moe",), inner=_experts("layers", "feed_forward", ("w1", "w3", "w2"))),
     Table(
         ("granitemoe", "granitemoeshared", "granitemoehybrid"),
         inner=(
@@ -167,8 +166,8 @@ TABLES = (
     ),
     Table(
         ("nemotron_h",),
-        inner=_experts("layers", "mixer", ("up_proj",), "down_proj"),
-        outer=(Rename("model.{rest}", "backbone.{rest}"),),
+        inner=_experts("layers", "mixer", ("up_proj", "down_proj")),
+        outer=(Row("model.{rest}", "backbone.{rest}"),),
     ),
     Table(
         ("aria", "aria_text"),
@@ -177,7 +176,7 @@ TABLES = (
             _moved("mlp.experts.down_proj", "mlp.experts.fc2.weight"),
         ),
     ),
-    Table(("gpt_neox",), outer=(Rename("lm_head.{rest}", "embed_out.{rest}"),)),
+    Table(("gpt_neox",), outer=(Row("lm_head.{rest}", "embed_out.{rest}"),)),
     Table(("qwen2_vl", "qwen2_5_vl"), outer=_QWEN_VL),
     Table(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), outer=_OMNI),
     Table(_WITH_TOWER, outer=_LLAVA),
@@ -191,38 +190,20 @@ TABLES = (
     Table(
         ("emu3",),
         outer=(
-            Rename("model.text_model.{rest}", "text_model.model.{rest}"),
-            Rename("lm_head.{rest}", "text_model.lm_head.{rest}"),
+            Row("model.text_model.{rest}", "text_model.model.{rest}"),
+            Row("lm_head.{rest}", "text_model.lm_head.{rest}"),
             *_under_model("vqmodel"),
         ),
     ),
     Table(
         ("paddleocr_vl",),
         outer=(
-            Rename("model.language_model.{rest}", "model.{rest}"),
-            Rename("model.projector.{rest}", "mlp_AR.{rest}"),
+            Row("model.language_model.{rest}", "model.{rest}"),
+            Row("model.projector.{rest}", "mlp_AR.{rest}"),
             *_under_model("visual"),
         ),
     ),
 )
-
-TRANSPOSED = ("qwen3_vl_moe", "qwen3_vl_moe_text")
-"""Fused experts on the hub too, the matrices turned: (E, H, 2I) and (E, I, H) for (E, 2I, H) and (E, H, I)."""
-
-FUSED_ON_HUB = frozenset(
-    (
-        "gpt_oss",
-        "llama4",
-        "llama4_text",
-        "gemma4",
-        "gemma4_text",
-        "mistral4",
-        "granitemoe_swa",
-        "zaya",
-        *TRANSPOSED,
-    )
-)
-"""Model types whose fused experts transformers saves fused."""
 
 _NOT_COVERED = """
 axk1 axk2 bailing_hybrid cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_v4 dots3_note ernie4_5_vl_moe gemma4_unified
@@ -255,8 +236,8 @@ def to_hub(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
     notices = []
     if changed or split:
         notices.append(_counted(_model_type(config), changed, split))
-    if _model_type(config) in TRANSPOSED:
-        tensors, said = _transposed(tensors)
+    if _model_type(config) in packing.TURNED_ON_HUB:
+        tensors, said = packing.turned(tensors)
         notices += said
     notices += _left(tensors, config, inner, outer)
     if not notices:
@@ -267,19 +248,13 @@ def to_hub(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
 def to_modules(checkpoint: Checkpoint, config: Config | None) -> Checkpoint:
     """The inverse: hub names as module names, experts fused. Raises Incomplete when an expert is missing."""
     inner, outer = rows(config)
-    inside = {}
-    for fqn, tensor in checkpoint.tensors.items():
-        renames = (r for r in outer if not r.before)
-        found = next(((r, m) for r in renames if (m := pattern(r.hub).fullmatch(fqn))), None)
-        name = found[0].module.format(**found[1].groupdict()) if found else fqn
-        inside[name] = tensor
-    tensors = joined(inside, inner)
-    if _model_type(config) in TRANSPOSED:
-        tensors, _ = _transposed(tensors, to_hub=False)
+    tensors = joined(joined(checkpoint.tensors, outer, {}), inner, {})
+    if _model_type(config) in packing.TURNED_ON_HUB:
+        tensors, _ = packing.turned(tensors, to_hub=False)
     return replace(checkpoint, tensors=tensors, paths={})
 
 
-def rows(config: Config | None) -> tuple[tuple[Row, ...], tuple[Rename, ...]]:
+def rows(config: Config | None) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """The rows for a model: inner ones by its type and its text part's, outer ones by its type."""
     if config is None:
         return (), ()
@@ -298,7 +273,7 @@ def _model_type(config: Any) -> str:
 
 
 def _renamed(
-    checkpoint: Checkpoint, inner: Iterable[Row], outer: Iterable[Rename]
+    checkpoint: Checkpoint, inner: Iterable[Row], outer: Iterable[Row]
 ) -> tuple[dict[str, Tensor], list[tuple[str, str]], list[tuple[str, int]]]:
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
@@ -319,48 +294,15 @@ def _renamed(
     return tensors, changed, split
 
 
-def _split(fqn: str, tensor: Tensor, inner: Iterable[Row], outer: Iterable[Rename]) -> dict[str, Tensor]:
-    parts = {fqn: tensor}
-    for row, at in matching(fqn, inner):
-        parts = row.split(tensor, at)
+def _split(fqn: str, tensor: Tensor, inner: Iterable[Row], outer: Iterable[Row]) -> dict[str, Tensor]:
+    found = by_name(fqn, inner)
+    parts = {fqn: tensor} if found is None else split(tensor, *found, {})
     return {_outer_name(name, outer): part for name, part in parts.items()}
 
 
-def _outer_name(fqn: str, outer: Iterable[Rename]) -> str:
-    return next((row.hub.format(**at) for row, at in matching(fqn, outer)), fqn)
-
-
-_FUSED = re.compile(r"(?P<path>(?:.+\.)?experts)\.(?:gate_up_proj|up_proj|down_proj)")
-
-
-def _transposed(tensors: Mapping[str, Tensor], to_hub: bool = True) -> tuple[dict[str, Tensor], list[str]]:
-    """Fused experts with matrices the hub's way round (or the module's).
-
-    Which way they are is seen on both tensors of a layer together: gate_up (E, 2I, H) with down (E, H, I) is the
-    module's, (E, H, 2I) with (E, I, H) the hub's. A square one is read by transformers as it is, so it stays.
-    """
-    result = dict(tensors)
-    turned, square = 0, []
-    for fqn in tensors:
-        if not fqn.endswith(".experts.gate_up_proj"):
-            continue
-        other = fqn.removesuffix("gate_up_proj") + "down_proj"
-        pair = [tensors[name] for name in (fqn, other) if name in tensors and len(tensors[name].shape) == 3]
-        if len(pair) != 2:
-            continue
-        (_, a, b), (_, c, d) = pair[0].shape, pair[1].shape
-        is_module = a == 2 * d and b == c
-        if is_module != to_hub:
-            continue
-        if a == b or c == d:
-            square.append(fqn)
-            continue
-        result[fqn], result[other] = pair[0].permute(0, 2, 1), pair[1].permute(0, 2, 1)
-        turned += 2
-    said = [f"{turned} tensors of fused experts turned to (E, in, out), as on the hub"] if turned else []
-    if square and to_hub:
-        said.append(f"square experts keep (E, out, in), which transformers 5 reads as it is: {listed(square, 3)}")
-    return result, said
+def _outer_name(fqn: str, outer: Iterable[Row]) -> str:
+    found = by_name(fqn, outer)
+    return fqn if found is None else found[0].hub_names(found[1])[0]
 
 
 def _counted(model_type: str, changed: list[tuple[str, str]], split: list[tuple[str, int]]) -> str:
@@ -374,7 +316,7 @@ def _counted(model_type: str, changed: list[tuple[str, str]], split: list[tuple[
 
 
 def _left(
-    tensors: Mapping[str, Tensor], config: Config | None, inner: tuple[Row, ...], outer: tuple[Rename, ...]
+    tensors: Mapping[str, Tensor], config: Config | None, inner: tuple[Row, ...], outer: tuple[Row, ...]
 ) -> list[str]:
     """What may still have names that only transformers 5 knows."""
     model_type = _model_type(config)
@@ -384,20 +326,16 @@ def _left(
     notices = []
     kind = f"model type {model_type}" if model_type else "a model without a config"
     types = {model_type, _model_type((config or {}).get("text_config"))}
-    fused = [] if types & FUSED_ON_HUB else [fqn for fqn, t in tensors.items() if _is_fused(fqn, t)]
+    fused = [] if types & packing.PACKED_ON_HUB else [fqn for fqn, t in tensors.items() if packing.is_packed(fqn, t)]
     if fused:
         notices.append(f"fused experts are kept, as there is no table for {kind}: {listed(fused, 3)}")
     if not outer and model_type not in SAME_ON_HUB and any(fqn.startswith("model.language_model.") for fqn in tensors):
         notices.append(f"names under model.language_model. are kept, as there is no table for {kind}")
-    if any(row.module.startswith("model.") for row in outer):
-        hub = [pattern(row.hub) for row in outer]
+    if any(row.name.startswith("model.") for row in outer):
+        hub = [pattern(name) for row in outer for name in row.hubs]
         strange = [fqn for fqn in tensors if not any(p.fullmatch(fqn) for p in hub) and fqn != "lm_head.weight"]
         if strange:
             notices.append(
                 f"names that are neither module nor hub names of {model_type} are kept: {listed(strange, 3)}"
             )
     return notices
-
-
-def _is_fused(fqn: str, tensor: Tensor) -> bool:
-    return len(tensor.shape) == 3 and bool(_FUSED.fullmatch(fqn))
