@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import megatron_ranks
 from reshard.core.checkpoint import Checkpoint, Origin
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Filled, Tensor
@@ -136,17 +140,22 @@ def with_tower_level(directory: Path) -> Path:
 
 
 def as_baichuan(directory: Path) -> Path:
-    """A Llama whose query, key and value lie in one tensor, as Baichuan's on the hub."""
+    """A Llama under Baichuan's names."""
     sizes = {"num_key_value_heads": 4, "num_attention_heads": 4, "tie_word_embeddings": False}
     made = transformers.AutoConfig.for_model("llama", **text(random.Random(0), **sizes))
-    model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
-    tensors = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
-    for layer in range(made.num_hidden_layers):
+    AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(directory)
+    return packed_as_baichuan(directory)
+
+
+def packed_as_baichuan(directory: Path) -> Path:
+    """A Llama's query, key and value laid in one tensor; nothing is said of key-value heads."""
+    tensors = load_file(directory / "model.safetensors")
+    published = json.loads((directory / "config.json").read_text())
+    for layer in range(published["num_hidden_layers"]):
         at = L.format(layer) + "self_attn."
         tensors[f"{at}W_pack.weight"] = torch.cat([tensors.pop(f"{at}{x}_proj.weight") for x in "qkv"])
-    directory.mkdir()
-    save_file(tensors, directory / "model.safetensors")
-    published = {key: value for key, value in made.to_dict().items() if key != "num_key_value_heads"}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    del published["num_key_value_heads"]
     (directory / "config.json").write_text(json.dumps(published | {"model_type": "baichuan"}))
     return directory
 
@@ -477,3 +486,118 @@ def test_a_tensor_too_many_and_one_too_few_are_named(tmp_path: Path) -> None:
         apply.to_megatron(tensors, family, facts)
     with pytest.raises(Mismatch, match=r"model\.norm\.beta"):
         apply.to_megatron(tensors | {"model.norm.beta": norm}, family, facts)
+
+
+# ------------------------------------------------------------------------------------------- megatron-core's own model
+
+TOKENS = [[5, 11, 7, 30, 42, 3, 19]]
+PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+LAYER_NORM = {"normalization": "LayerNorm", "gated_linear_unit": False}
+COMPUTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": ({"attention_bias": True, "mlp_bias": True}, {"add_bias_linear": True}),
+    "mistral": ({"sliding_window": None}, {}),
+    "qwen2": ({}, {"add_qkv_bias": True}),
+    "qwen3": ({"attention_bias": False}, {"qk_layernorm": True}),
+    "seed_oss": (
+        {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "attention_dropout": 0.0},
+        {"add_qkv_bias": True},
+    ),
+    "ernie4_5": ({"use_bias": False}, {"rotary_interleaved": True}),
+    "glm": (
+        {"attention_bias": True, "rope_parameters": PLAIN["rope_parameters"] | {"partial_rotary_factor": 1.0}},
+        {"add_qkv_bias": True, "rotary_interleaved": True},
+    ),
+    "phi3": ({"sliding_window": None}, {}),
+    "starcoder2": (
+        {"use_bias": True, "sliding_window": None, "attention_dropout": 0.0},
+        {"add_bias_linear": True, "activation_func": "gelu"} | LAYER_NORM,
+    ),
+    "nemotron": ({"attention_bias": False, "mlp_bias": False}, {"activation_func": "squared_relu"} | LAYER_NORM),
+    "baichuan": ({}, {}),
+}
+"""For each model type what its config says, and Megatron's settings for it."""
+
+
+def in_float32(model_type: str, directory: Path) -> torch.Tensor:
+    """A model to be computed with, and its logits by transformers."""
+    sizes = text(random.Random(model_type), hidden_size=40, num_attention_heads=4, num_key_value_heads=2)
+    if model_type in ("phi3", "starcoder2", "baichuan"):
+        del sizes["head_dim"]
+    if model_type == "baichuan":
+        sizes |= {"num_key_value_heads": 4, "tie_word_embeddings": False}
+    values = sizes | PLAIN | COMPUTED[model_type][0]
+    torch.manual_seed(1)
+    made = transformers.AutoConfig.for_model("llama" if model_type == "baichuan" else model_type, **values)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3 + (parameter.ndim == 1))
+        logits: torch.Tensor = model(input_ids=torch.tensor(TOKENS)).logits
+    model.save_pretrained(directory)
+    if model_type == "baichuan":
+        packed_as_baichuan(directory)
+    return logits
+
+
+def megatrons_logits(directories: dict[str, Path]) -> dict[str, torch.Tensor]:
+    """The logits of megatron-core's own models, loaded with our tensors. To be called on one rank."""
+    from megatron.core import tensor_parallel
+
+    torch.cuda.current_device = lambda: "cpu"  # where Megatron's rotary embedding puts its numbers
+    tensor_parallel.get_cuda_rng_tracker().fork = nullcontext  # of a dropout that drops nothing
+    return {model_type: _megatrons_logits(model_type, directory) for model_type, directory in directories.items()}
+
+
+def _megatrons_logits(model_type: str, directory: Path) -> torch.Tensor:
+    checkpoint, family, facts = opened(directory)
+    named = apply.to_megatron(checkpoint.tensors, family, facts)
+    tensors = {_replaced(name, LOCAL): as_torch(each.tensor, checkpoint) for name, each in named.items()}
+    if model_type == "nemotron":  # its norms are of 1 + w, which Megatron has with Transformer Engine only
+        tensors |= {name: tensor + 1 for name, tensor in tensors.items() if name.endswith("layernorm.weight")}
+    model = megatron_ranks.gpt_model(
+        vocab_size=facts.sizes["vocab"], tied="tied" in facts.tags, **_megatrons_settings(model_type, facts, tensors)
+    ).eval()
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert [name for name in missing if not name.endswith("_extra_state")] == []
+    assert unexpected == []
+    tokens = torch.tensor(TOKENS)
+    mask = torch.ones(tokens.shape[1], tokens.shape[1]).triu(1).bool()[None, None]
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens, torch.arange(tokens.shape[1])[None], mask)
+    return logits
+
+
+def _megatrons_settings(model_type: str, facts: Facts, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    from megatron.core.activations import squared_relu
+
+    functions = {"gelu": partial(torch.nn.functional.gelu, approximate="tanh"), "squared_relu": squared_relu}
+    settings = {
+        "num_layers": len(facts.layers),
+        "hidden_size": facts.sizes["hidden"],
+        "num_attention_heads": facts.sizes["heads"],
+        "num_query_groups": facts.sizes["groups"],
+        "kv_channels": facts.sizes["head_dim"],
+        "ffn_hidden_size": tensors["decoder.layers.0.mlp.linear_fc2.weight"].shape[1],
+        "layernorm_epsilon": 1e-6,
+        "params_dtype": torch.float32,
+        "pipeline_dtype": torch.float32,
+        "bf16": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    } | COMPUTED[model_type][1]
+    if "activation_func" in settings:
+        settings["activation_func"] = functions[settings["activation_func"]]
+    return settings
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+def test_megatron_computes_with_our_tensors_what_transformers_does_with_the_hubs(tmp_path: Path) -> None:
+    expected = {model_type: in_float32(model_type, tmp_path / model_type) for model_type in COMPUTED}
+    directories = {model_type: tmp_path / model_type for model_type in COMPUTED}
+    [actual] = megatron_ranks.on_ranks(megatrons_logits, directories)
+    for model_type, logits in expected.items():
+        assert logits.std() > 0.1
+        torch.testing.assert_close(
+            actual[model_type], logits, rtol=1e-3, atol=1e-3, msg=lambda m, t=model_type: f"{t}: {m}"
+        )
