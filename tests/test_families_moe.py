@@ -91,7 +91,12 @@ def latent(draw: Draw, **changes: Any) -> dict[str, Any]:
 
 
 def experts(draw: Draw, key: str = "num_experts") -> dict[str, Any]:
-    return {key: draw.choice((2, 5)), "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    """Of models whose `intermediate_size` is an expert's."""
+    return {key: draw.choice((2, 5)), "num_experts_per_tok": 2}
+
+
+_SMALL = {"moe_intermediate_size": 12}
+"""Of models whose experts have a size of their own."""
 
 
 def config(model_type: str, seed: int) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def config(model_type: str, seed: int) -> dict[str, Any]:
             more = {"shared_expert_intermediate_size": 28, **_FOUR_HEADS} if model_type == "qwen2_moe" else {}
             tied, biased = draw.kind(True, False), draw.kind(False, True)
             more |= {"qkv_bias" if model_type == "qwen2_moe" else "attention_bias": biased}
-            return text(draw, tie_word_embeddings=tied) | experts(draw) | layers | more
+            return text(draw, tie_word_embeddings=tied) | experts(draw) | _SMALL | layers | more
         case "deepseek_v2" | "deepseek_v3":
             return latent(draw, q_lora_rank=draw.kind(None, 18))
         case "glm4_moe_lite":
@@ -122,7 +127,7 @@ def config(model_type: str, seed: int) -> dict[str, Any]:
             return text(draw) | routed(draw)
         case "exaone_moe":
             kinds = {"first_k_dense_replace": draw.kind(1, 0), "num_shared_experts": 1, "sliding_window": 4}
-            return text(draw) | experts(draw) | kinds
+            return text(draw) | experts(draw) | _SMALL | kinds
         case "ernie4_5_moe":
             parts = {"moe_num_experts": 3, "moe_k": 2, "moe_intermediate_size": 12, "moe_num_shared_experts": 1}
             return text(draw) | parts | _FOUR_HEADS | {"tie_word_embeddings": draw.kind(True, False)}

@@ -1,4 +1,4 @@
-"""ERNIE 4.5 with experts: dense layers by position, a bias of one row on the hub.
+"""ERNIE 4.5 with experts: dense layers by position; on the hub the router is float32, its bias a matrix of one row.
 
 Checked: the config of ERNIE-4.5-21B-A3B.
 """
@@ -25,7 +25,6 @@ from reshard.families.blocks import (
     input_norm,
     mlp_norm,
     moe_norm,
-    router,
     shared_experts,
     text_config,
 )
@@ -72,7 +71,7 @@ FAMILIES = (
             *mlp_norm(on=("dense",)),
             *gated_mlp(on=("dense",)),
             *moe_norm(on=("moe",)),
-            *router(),
+            Row(f"{M}router.weight", f"{L}mlp.gate.weight", on=("moe",), dtype="F32"),
             Row(
                 f"{M}router.expert_bias",
                 f"{L}mlp.moe_statics.e_score_correction_bias",
