@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -24,14 +24,26 @@ from reshard.core.tensor import Filled, Tensor
 from reshard.dialects import apply, megatron
 from reshard.dialects.table import Facts, Family, copies, entries, variants
 from reshard.dialects.transformers import to_hub as from_modules
-from reshard.errors import Incomplete, Mismatch
-from reshard.families import baichuan, exaone4, gemma, glm4, llama, mistral3, nemotron, phi, starcoder2
+from reshard.errors import Incomplete, Mismatch, Unsupported
+from reshard.families import (
+    baichuan,
+    exaone4,
+    gemma,
+    glm4,
+    llama,
+    mimo,
+    mistral3,
+    nemotron,
+    nemotron_nas,
+    phi,
+    starcoder2,
+)
 from reshard.formats import open_path
 from reshard.storage.files import LazySource
 
 FAMILIES = {
     model_type: family
-    for module in (baichuan, exaone4, gemma, glm4, llama, mistral3, nemotron, phi, starcoder2)
+    for module in (baichuan, exaone4, gemma, glm4, llama, mimo, mistral3, nemotron, nemotron_nas, phi, starcoder2)
     for family in module.FAMILIES
     for model_type in family.model_types
 }
@@ -111,7 +123,7 @@ SWITCHES = {
     "glm4": ("attention_bias",),
     "mistral3": ("multimodal_projector_bias",),
 }
-BY_TRANSFORMERS = tuple(model_type for model_type in FAMILIES if model_type != "baichuan")
+BY_TRANSFORMERS = tuple(model_type for model_type in FAMILIES if model_type not in ("baichuan", "mimo", "nemotron-nas"))
 
 
 def built(model_type: str, seed: int) -> Any:
@@ -158,6 +170,56 @@ def packed_as_baichuan(directory: Path) -> Path:
     del published["num_key_value_heads"]
     (directory / "config.json").write_text(json.dumps(published | {"model_type": "baichuan"}))
     return directory
+
+
+def as_mimo(directory: Path) -> Path:
+    """A Qwen2 with a layer for a second token beside it."""
+    draw = random.Random(3)
+    made = transformers.AutoConfig.for_model("qwen2", **text(draw, num_hidden_layers=3, tie_word_embeddings=False))
+    AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(directory)
+    tensors = {name: torch.randn_like(tensor) for name, tensor in load_file(directory / "model.safetensors").items()}
+    at = "model.mtp_layers.0."
+    last = {name: tensors.pop(name) for name in list(tensors) if name.startswith(L.format(2))}
+    tensors |= {at + name.removeprefix(L.format(2)): tensor for name, tensor in last.items()}
+    for name in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        tensors[f"{at}{name}.weight"] = torch.randn(36, dtype=torch.bfloat16)
+    tensors[f"{at}input_proj.weight"] = torch.randn(36, 72, dtype=torch.bfloat16)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    published = json.loads((directory / "config.json").read_text())
+    changes = {"model_type": "mimo", "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+    (directory / "config.json").write_text(json.dumps({**published, **changes, "layer_types": None}))
+    return directory
+
+
+def as_nemotron_nas(directory: Path) -> Path:
+    """A Llama that lost its first layer's attention and its last layer's MLP."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "tie_word_embeddings": False}
+    made = transformers.AutoConfig.for_model("llama", **text(random.Random(5), **sizes))
+    AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(directory)
+    lost = tuple(L.format(0) + part for part in ("self_attn", "input_layernorm"))
+    lost += tuple(L.format(2) + part for part in ("mlp", "post_attention_layernorm"))
+    tensors = {n: torch.randn_like(t) for n, t in load_file(directory / "model.safetensors").items()}
+    kept = {n: t for n, t in tensors.items() if not n.startswith(lost)}
+    save_file(kept, directory / "model.safetensors", {"format": "pt"})
+    published = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(published | NEMOTRON_NAS))
+    return directory
+
+
+def _block(no_attention: bool = False, no_mlp: bool = False, **attention: Any) -> dict[str, Any]:
+    heads = None if no_attention else 2
+    return {
+        "attention": {"n_heads_in_group": heads, "no_op": no_attention, "replace_with_linear": False} | attention,
+        "ffn": {"ffn_mult": None if no_mlp else 2.625, "no_op": no_mlp, "replace_with_linear": False},
+    }
+
+
+NEMOTRON_NAS = {
+    "model_type": "nemotron-nas",
+    "num_key_value_heads": None,
+    "intermediate_size": None,
+    "block_configs": [_block(no_attention=True), _block(), _block(no_mlp=True)],
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ walking
@@ -209,8 +271,47 @@ def test_a_model_of_transformers_comes_back_from_megatrons_files_bit_for_bit(
     check_walk(saved(model_type, tmp_path / "model", seed))
 
 
-def test_baichuan_comes_back_from_megatrons_files_bit_for_bit(tmp_path: Path) -> None:
-    check_walk(as_baichuan(tmp_path / "model"))
+@pytest.mark.parametrize("build", [as_baichuan, as_mimo, as_nemotron_nas])
+def test_a_model_that_is_only_on_the_hub_comes_back_bit_for_bit(build: Callable[[Path], Path], tmp_path: Path) -> None:
+    check_walk(build(tmp_path / "model"))
+
+
+def test_mimos_second_token_takes_the_embedding_first_in_megatron(tmp_path: Path) -> None:
+    checkpoint, family, facts = opened(as_mimo(tmp_path / "model"))
+    hidden, embedding = load_file(tmp_path / "model" / "model.safetensors")[
+        "model.mtp_layers.0.input_proj.weight"
+    ].chunk(2, dim=1)
+    named = apply.to_megatron(checkpoint.tensors, family, facts)
+    assert "mtp.layers.0.transformer_layer.self_attention.linear_qkv.bias" in named
+    ours = as_torch(named["mtp.layers.0.eh_proj.weight"].tensor, checkpoint)
+    assert torch.equal(ours, torch.cat([embedding, hidden], dim=1))
+
+
+def test_layers_of_a_searched_llama_keep_their_numbers(tmp_path: Path) -> None:
+    checkpoint, family, facts = opened(as_nemotron_nas(tmp_path / "model"))
+    disk = on_disk(checkpoint, family, facts, megatron.TORCH_DIST)
+    qkv = [name for name in disk if name.endswith("linear_qkv.weight")]
+    fc1 = [name for name in disk if name.endswith("linear_fc1.weight")]
+    assert qkv == [D.format(layer) + "self_attention.linear_qkv.weight" for layer in (1, 2)]
+    assert fc1 == [D.format(layer) + "mlp.linear_fc1.weight" for layer in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        None,
+        [],
+        [{}],
+        [{"attention": 1, "ffn": 2}],
+        [_block(), _block(n_heads_in_group=4)],
+        [_block(replace_with_linear=True)],
+        [_block(True)],
+    ],
+)
+def test_a_searched_llama_that_no_table_can_describe_is_refused(blocks: Any) -> None:
+    config = published("llama", "32 20 1 4 2 67") | NEMOTRON_NAS | {"block_configs": blocks}
+    with pytest.raises((Mismatch, Unsupported)):
+        FAMILIES["nemotron-nas"].facts(config)
 
 
 def test_a_padded_vocabulary_is_padded_with_zeros_and_cut_again(tmp_path: Path) -> None:

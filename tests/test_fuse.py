@@ -25,6 +25,7 @@ from reshard.dialects.fuse import (
     Beside,
     Chained,
     Glu,
+    HalvesSwapped,
     HeadQkv,
     Interleaved,
     InterleavedGlu,
@@ -233,6 +234,13 @@ def stacked(draw: st.DrawFn, tail: tuple[int, ...]) -> Case:
     return Case(of, {}, parts, whole, counted=False)
 
 
+def halves_swapped(draw: st.DrawFn, tail: tuple[int, ...]) -> Case:
+    half = draw(st.integers(1, 4))
+    part = numbers(draw(st.integers(1, 4)), 2 * half)
+    whole = np.stack([part[:, (i + half) % (2 * half)] for i in range(2 * half)], axis=1)
+    return Case(HalvesSwapped(), {}, (part,), whole, counted=False)
+
+
 BUILDERS: dict[str, Callable[[st.DrawFn, tuple[int, ...]], Case]] = {
     "Qkv": qkv,
     "PackedQkv": packed_qkv,
@@ -244,6 +252,7 @@ BUILDERS: dict[str, Callable[[st.DrawFn, tuple[int, ...]], Case]] = {
     "Padded": padded,
     "Same": moved,
     "Transposed": moved,
+    "HalvesSwapped": halves_swapped,
     "OneRow": one_row,
     "Beside": beside,
     "Rotary": rotary,
@@ -342,6 +351,12 @@ def test_a_scalar_is_a_mismatch_and_no_crash(of: fuse.Fuse) -> None:
     count = 3 if isinstance(of, Qkv) else 2 if of == Glu() else 1
     with pytest.raises(Mismatch):
         of.join([held(np.zeros((), "<u2"))] * count, sizes)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 3), (2, 2, 2)])
+def test_what_is_no_matrix_of_two_inputs_is_a_mismatch(shape: tuple[int, ...]) -> None:
+    with pytest.raises(Mismatch, match=r"is not a matrix of two inputs"):
+        HalvesSwapped().split(held(np.zeros(shape, "<u2")), {})
 
 
 def test_heads_that_groups_do_not_divide_are_a_mismatch() -> None:

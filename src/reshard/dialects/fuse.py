@@ -216,6 +216,20 @@ class Transposed:
 
 
 @dataclass(frozen=True, slots=True)
+class HalvesSwapped:
+    """A matrix of two inputs side by side, in the other order in the dialect."""
+
+    def join(self, parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        tensor = parts[0]
+        columns = tensor.shape[1] if len(tensor.shape) == 2 else 0
+        _expect(columns > 0 and columns % 2 == 0, f"{list(tensor.shape)} is not a matrix of two inputs")
+        return concat([tensor[:, columns // 2 :], tensor[:, : columns // 2]], 1)
+
+    def split(self, tensor: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+        return (self.join((tensor,), sizes),)
+
+
+@dataclass(frozen=True, slots=True)
 class OneRow:
     """A vector in the dialect, a matrix of one row on the hub."""
 
