@@ -300,8 +300,9 @@ def _lost(config: Values, items: Iterable[Item], facts: Facts) -> Iterator[str]:
                 yield f"Megatron computes Llama 3's rotary embedding with {key} {fixed:g}, the config says {rope[key]}"
     elif kind not in _ROPE_TYPES:
         yield f"Megatron has no rotary embedding of the kind {kind!r}: the model computes without its scaling"
-    if rope.get("attention_factor") is not None:
-        yield f"Megatron does not take the attention_factor {rope['attention_factor']} of the rotary embedding"
+    for key in ("attention_factor", "llama_4_scaling_beta"):
+        if rope.get(key) is not None:
+            yield f"Megatron does not take the {key} {rope[key]} of the rotary embedding"
     biased = {tag for tag in ("qkv_bias", "proj_bias", "mlp_bias") if tag in facts.tags}
     if biased & {"proj_bias", "mlp_bias"} and len(biased) < 3 and ("add_bias_linear", True) not in items:
         have = listed(sorted(tag.removesuffix("_bias") for tag in biased))
@@ -452,7 +453,7 @@ def _completed(
 
 
 def _of_nemo(stated: Values) -> Values:
-    """What NeMo 2 puts otherwise: it counts a token into its own window, and scales Llama 3.1 with settings of its own."""
+    """What NeMo 2 puts otherwise: a window counts its own token, and Llama 3.1 is scaled by settings of other names."""
     found: dict[str, Any] = {}
     window = stated.get("window_size")
     if isinstance(window, list) and len(window) == 2 and type(window[0]) is int and window[0] > 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from reshard.dialects.fuse import PackedQkv
-from reshard.dialects.setting import Always, Rule, Setting, Values
+from reshard.dialects.setting import Always, Setting
 from reshard.dialects.table import Config, Copy, Facts, Family, Row
 from reshard.families.blocks import (
     MODEL,
@@ -28,7 +28,7 @@ from reshard.families.blocks import (
     shared_experts,
     text_config,
 )
-from reshard.families.settings import BLOCKS, DENSE_FIRST, GROUPS, SHARED, SIGMOID, biases, moe, mtp, rotary
+from reshard.families.settings import BLOCKS, DENSE_FIRST, GROUPS, NUM_SHARED, SIGMOID, biases, moe, mtp_count, rotary
 
 _EMBEDDING = "model.word_embeddings.weight"
 _MODEL = (replace(MODEL[0], hub=_EMBEDDING), *MODEL[1:])
@@ -60,10 +60,6 @@ def _facts(config: Config) -> Facts:
     return decoder(config, tags=tags, layers=dense_first, counts=expert_count(config) | {"mtp": num_mtp(config)})
 
 
-def _num_shared(settings: Values) -> Values:
-    return {"num_shared_experts": SHARED.config(settings)["n_shared_experts"]}
-
-
 FAMILIES = (
     Family(
         "bailing_moe_v2",
@@ -78,7 +74,7 @@ FAMILIES = (
             *moe("num_experts"),
             *GROUPS,
             DENSE_FIRST,
-            Rule("shared_experts", SHARED.settings, _num_shared),
+            NUM_SHARED,
             *SIGMOID,
             ("moe_router_pre_softmax", True),
             ("moe_router_load_balancing_type", "none"),
@@ -86,7 +82,7 @@ FAMILIES = (
             Always("score_function", "sigmoid"),
             *rotary(10000.0),
             biases(qkv="use_qkv_bias"),
-            mtp(),
+            mtp_count(),
         ),
         verified="the names of Megatron-Bridge",
     ),

@@ -36,7 +36,17 @@ from reshard.families.blocks import (
     shared_experts,
     text_config,
 )
-from reshard.families.settings import DENSE_FIRST, GROUPS, LATENT, SHARED, SIGMOID, moe, mtp
+from reshard.families.settings import (
+    DENSE_FIRST,
+    DENSE_LISTED,
+    GROUPS,
+    LATENT,
+    SHARED,
+    SIGMOID,
+    epsilon,
+    moe,
+    mtp_count,
+)
 
 _S = f"{L}self_attn."
 
@@ -163,7 +173,7 @@ _SIGMOID = (
     Always("scoring_func", "sigmoid"),
     Always("topk_method", "noaux_tc"),
     Setting("moe_aux_loss_coeff", "aux_loss_alpha", 0.0001),
-    mtp(),
+    mtp_count(),
 )
 
 _INDEXED = (
@@ -204,7 +214,7 @@ FAMILIES = (
         _v3,
         copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
-        settings=_SIGMOID,
+        settings=(*_SIGMOID, DENSE_LISTED, epsilon("rms_norm_eps", 1e-5)),
         verified="the names of Megatron-Bridge and transformers",
     ),
     Family(
@@ -226,7 +236,7 @@ FAMILIES = (
         _sparse,
         copies=(*TIED_HEAD, *MTP_COPIES),
         stacked=False,
-        settings=(*_SIGMOID, *_INDEXED),
+        settings=(*_SIGMOID, DENSE_LISTED, *_INDEXED),
         verified="the names of Megatron-Bridge and transformers",
     ),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import MODEL, TIED_HEAD, A, L, M, attention, decoder, gated_mlp, head_norms
-from reshard.families.settings import epsilon, window
+from reshard.families.settings import UNTURNED, epsilon, window
 
 
 def _facts(config: Config) -> Facts:
@@ -34,6 +34,7 @@ FAMILIES = (
             ("transformer_layer_spec", "exaone4_layer_spec"),
             epsilon("rms_norm_eps", 1e-5),
             window(4096, layers=True),
+            UNTURNED,
         ),
         verified="names of Megatron-Bridge only",
     ),

@@ -28,6 +28,19 @@ from reshard.families.blocks import (
     text_config,
 )
 from reshard.families.gated_delta_net import mtp
+from reshard.families.settings import (
+    DENSE_LISTED,
+    GROUPS,
+    NUM_SHARED,
+    SIGMOID,
+    UNTURNED,
+    epsilon,
+    moe,
+    mtp_count,
+    provider,
+    rotary,
+    window,
+)
 
 _LAYER = (
     *input_norm(),
@@ -64,9 +77,18 @@ FAMILIES = (
         copies=TIED_HEAD,
         stacked=False,
         settings=(
+            provider("exaone.exaone_moe.exaone_moe_provider.ExaoneMoeModelProvider"),
             ("qk_layernorm", True),
-            ("moe_router_score_function", "sigmoid"),
-            ("moe_router_enable_expert_bias", True),
+            *moe("num_experts"),
+            *GROUPS,
+            DENSE_LISTED,
+            NUM_SHARED,
+            *SIGMOID,
+            *rotary(1e6),
+            epsilon("rms_norm_eps", 1e-5),
+            window(4096, layers=True),
+            UNTURNED,
+            mtp_count(),
         ),
         verified="the names of Megatron-Bridge and transformers",
     ),

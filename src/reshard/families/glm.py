@@ -5,7 +5,7 @@ Checked: the configs of GLM-4.5, GLM-4.5-Air and GLM-4.6, dots.llm1, Hy3.
 
 from __future__ import annotations
 
-from reshard.dialects.setting import Rule, Setting, Values
+from reshard.dialects.setting import Setting
 from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import (
     MODEL,
@@ -31,13 +31,15 @@ from reshard.families.blocks import (
 from reshard.families.settings import (
     BLOCKS,
     DENSE_FIRST,
+    DENSE_LISTED,
     GROUPS,
+    NUM_SHARED,
     SHARED,
     SIGMOID,
     biases,
     epsilon,
     moe,
-    mtp,
+    mtp_count,
     rotary,
     window,
 )
@@ -76,10 +78,6 @@ def _normed(config: Config) -> Facts:
 _SIGMOID = (BLOCKS, *moe("n_routed_experts"), *GROUPS, DENSE_FIRST, SHARED, *SIGMOID)
 
 
-def _num_shared(settings: Values) -> Values:
-    return {"num_shared_experts": SHARED.config(settings)["n_shared_experts"]}
-
-
 FAMILIES = (
     Family(
         "glm4_moe",
@@ -95,7 +93,7 @@ FAMILIES = (
             epsilon("rms_norm_eps", 1e-5),
             *rotary(10000.0, percent=0.5),
             biases(qkv="attention_bias"),
-            mtp(),
+            mtp_count(),
         ),
         verified="the names of Megatron-Bridge and transformers",
     ),
@@ -124,10 +122,11 @@ FAMILIES = (
             *moe("num_experts"),
             *SIGMOID,
             Setting("moe_router_topk_scaling_factor", "router_scaling_factor", 1.0),
-            Rule("shared_experts", SHARED.settings, _num_shared),
+            NUM_SHARED,
+            DENSE_LISTED,
             *rotary(11158840.0),
             epsilon("rms_norm_eps", 1e-5),
-            mtp(),
+            mtp_count(),
         ),
         verified="the names of Megatron-Bridge",
     ),

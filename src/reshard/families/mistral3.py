@@ -5,8 +5,10 @@ Checked: Mistral Small 3.1 24B, Ministral 3 3B in bfloat16.
 
 from __future__ import annotations
 
+from reshard.dialects.setting import Nested, Setting
 from reshard.dialects.table import Config, Copy, Facts, Family, under
 from reshard.families.blocks import DENSE, copied, decoder, required
+from reshard.families.settings import provider, tower, window
 
 _PIXTRAL = (
     "patch_conv.weight",
@@ -40,6 +42,9 @@ def _facts(config: Config) -> Facts:
     return decoder(config, tags=tags, counts={"block": blocks})
 
 
+_TOKENS = (("image_token_index", 10),)
+_OUTER = ("spatial_merge_size", "multimodal_projector_bias", "projector_hidden_act", "vision_feature_layer")
+
 FAMILIES = (
     Family(
         "mistral3",
@@ -48,6 +53,13 @@ FAMILIES = (
         (*under(DENSE, "language_model.", {"": "language_model."}), *_VISION),
         _facts,
         copies=(Copy("language_model.lm_head.weight", "language_model.model.embed_tokens.weight", on=("tied",)),),
+        settings=(
+            provider("ministral3.ministral3_provider.Ministral3ModelProvider"),
+            window(4096),
+            Nested("mistral", outer=(*(name for name, _ in _TOKENS), *_OUTER)),
+            *tower("pixtral.configuration_pixtral.PixtralVisionConfig", *_TOKENS),
+            *(Setting(name, name) for name in _OUTER),
+        ),
         verified="names of Megatron-Bridge only",
     ),
 )

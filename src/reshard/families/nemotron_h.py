@@ -20,7 +20,7 @@ from reshard.dialects.setting import Always, Rule, Setting, Values
 from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
 from reshard.errors import Mismatch, listed
 from reshard.families.blocks import D, L, M, attention, decoder, num_experts, required
-from reshard.families.settings import GROUPS, SIGMOID, biases, epsilon, moe, mtp, provider
+from reshard.families.settings import GROUPS, SIGMOID, biases, epsilon, moe, mtp_count, provider
 
 _X = D + "mixer."
 _H = L + "mixer."
@@ -202,7 +202,7 @@ _SETTINGS = (
     Setting("moe_latent_size", "moe_latent_size"),
     *GROUPS,
     *SIGMOID,
-    mtp(),
+    mtp_count(),
     Always("mamba_hidden_act", "silu"),
     Always("conv_kernel", 4),
     Always("use_conv_bias", True),

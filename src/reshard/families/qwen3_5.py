@@ -20,7 +20,7 @@ from reshard.families.settings import (
     NO_DENSE,
     QWEN_TOKENS,
     moe,
-    mtp,
+    mtp_count,
     provider,
     qwen_tokens,
     rotary,
@@ -32,7 +32,7 @@ _HUB = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 _FLAT = Rows(("key_rows+key_rows+value_rows", "value_rows", "value_heads", "value_heads"))
 _IN_PROJ = (in_proj(_HUB, _FLAT), *unfused(*_HUB))
 _DENSE, _MOE = model(_IN_PROJ, "dense"), model(_IN_PROJ, "moe")
-_SETTINGS = (*DELTA_NET, *rotary(10000.0, percent=0.25), text_mrope(), mtp("mtp_num_hidden_layers"))
+_SETTINGS = (*DELTA_NET, *rotary(10000.0, percent=0.25), text_mrope(), mtp_count("mtp_num_hidden_layers"))
 _EXPERTS = (*moe("num_experts"), *GATED_SHARED, NO_DENSE, ("moe_router_load_balancing_type", "global_aux_loss"))
 _TOKENS = qwen_tokens(248053, 248054, 248056, 248057)
 

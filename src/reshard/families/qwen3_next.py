@@ -10,7 +10,7 @@ from reshard.dialects.setting import Setting
 from reshard.dialects.table import Family
 from reshard.families.blocks import TIED_HEAD
 from reshard.families.gated_delta_net import facts, in_proj, model, unfused
-from reshard.families.settings import DELTA_NET, GATED_SHARED, NORMED, SOME_DENSE, moe, mtp, rotary
+from reshard.families.settings import DELTA_NET, GATED_SHARED, NORMED, SOME_DENSE, moe, mtp_count, rotary
 
 _HUB = ("in_proj_qkvz", "in_proj_ba")
 _BY_KEY_HEAD = Interleaved(
@@ -35,7 +35,7 @@ FAMILIES = (
             ("moe_router_load_balancing_type", "global_aux_loss"),
             SOME_DENSE,
             *GATED_SHARED,
-            mtp("mtp_num_hidden_layers"),
+            mtp_count("mtp_num_hidden_layers"),
         ),
         verified="Megatron-Bridge import, bit for bit",
     ),

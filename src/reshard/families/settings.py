@@ -109,6 +109,17 @@ ALTERNATING = Rule(
 """Every other layer has a window, the first one too."""
 
 
+def _unturned(config: Values, facts: Facts) -> Values:
+    kinds = config.get("layer_types") or ()
+    if "sliding_attention" not in kinds:
+        return {}
+    return {"no_rope_freq": [int(kind == "full_attention") for kind in kinds]}
+
+
+UNTURNED = Rule("no_rope_freq", _unturned, lambda settings: {})
+"""Between layers with a window, those without have no rotary embedding."""
+
+
 # ------------------------------------------------------------------------------------------------ mixtures of experts
 
 
@@ -150,6 +161,15 @@ DENSE_FIRST = Rule("moe_layer_freq", lambda config, facts: {"moe_layer_freq": _m
 """Some dense layers, then mixtures of experts."""
 
 
+def _dense_listed(settings: Values) -> Values:
+    kinds = ["sparse" if on else "dense" for on in _is_moe(settings)]
+    return {**_dense_first(settings), "mlp_layer_types": kinds}
+
+
+DENSE_LISTED = Rule("moe_layer_freq", DENSE_FIRST.settings, _dense_listed)
+"""The same, for configs that transformers 5 reads layer by layer."""
+
+
 def _some_dense(config: Values, facts: Facts) -> Values:
     kinds = _moe_layers(facts)
     return {"moe_layer_freq": 1 if all(kinds) else kinds}
@@ -186,6 +206,9 @@ def _shared_config(settings: Values) -> Values:
 
 SHARED = Rule("shared_experts", _shared, _shared_config)
 """Shared experts, counted by the config, measured by Megatron."""
+
+NUM_SHARED = Rule("shared_experts", _shared, lambda s: {"num_shared_experts": _shared_config(s)["n_shared_experts"]})
+"""The same, under another name."""
 
 GATED_SHARED: tuple[Item, ...] = (
     Setting("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size"),
@@ -316,7 +339,7 @@ DELTA_NET: tuple[Item, ...] = (
 """Layers of gated delta nets between those of attention with an output gate."""
 
 
-def mtp(key: str = "num_nextn_predict_layers") -> Rule:
+def mtp_count(key: str = "num_nextn_predict_layers") -> Rule:
     """The layers that predict further tokens."""
 
     def settings(config: Values, facts: Facts) -> Values:
