@@ -10,9 +10,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from reshard.core.tensor import Tensor, stack, unsqueeze
-from reshard.dialects.fuse import Padded
+from reshard.dialects.fuse import Glu, InterleavedGlu, Padded
 from reshard.dialects.table import Entry, Facts, Family, copies, entries, variants
-from reshard.errors import Incomplete, Mismatch, listed
+from reshard.errors import Corrupt, Incomplete, Mismatch, listed
+
+GATED = (Glu, InterleavedGlu)
+"""Fuses of a gate and an up projection, which are as long as the down projection is wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,24 @@ def to_hub(megatron: Mapping[str, Tensor], family: Family, facts: Facts, *, stri
             f"{len(missing)} tensors of the {family.name} model are missing: {listed(missing)}",
             hint="is every shard there, and is this the right --hf-model? --not-strict writes what there is",
         )
+    _check_gates(megatron, found)
     return _split_all(megatron, found, facts)
+
+
+def _check_gates(megatron: Mapping[str, Tensor], found: Mapping[str, Entry]) -> None:
+    """Raise Corrupt where a release of Megatron-LM kept the rows of one tensor-parallel rank only."""
+    for name, entry in found.items():
+        down = megatron.get(name.replace("linear_fc1", "linear_fc2"))
+        if not isinstance(entry.row.fuse, GATED) or ".linear_fc1.weight" not in name or down is None:
+            continue
+        rows, columns = megatron[name].shape[0], down.shape[-1]
+        if rows != 2 * columns:
+            raise Corrupt(
+                f"{name}: gate and up have {rows // 2} rows each, where {name.replace('linear_fc1', 'linear_fc2')} has "
+                f"{columns} columns: they are not whole",
+                hint="Megatron-LM of April and May 2026 kept one tensor-parallel rank's rows of them when it saved "
+                "fsdp_dtensor with TP > 1: the rest is in no file. Save again with a later Megatron-LM, or with TP = 1",
+            )
 
 
 def _split_all(megatron: Mapping[str, Tensor], found: Mapping[str, Entry], facts: Facts) -> dict[str, Tensor]:
@@ -114,6 +134,7 @@ def canonical(megatron: Mapping[str, Tensor], family: Family, facts: Facts) -> d
     Raises as `to_hub` does.
     """
     table = {entry.name: entry for entry in entries(family, facts)}
+    _check_gates(megatron, {name: table[name] for name in megatron if name in table})
     if set(megatron) == set(table):
         return {name: Named(entry, _refitted(entry, megatron[name], facts)) for name, entry in table.items()}
     others = variants(family, facts)

@@ -193,27 +193,12 @@ def _joined_halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             other = tensors.get(f"{match['name']}_v")
             if other is None:
                 raise Incomplete(f"{name} is there without its other half, {match['name']}_v")
-            _check_halves(match["name"], tensor, other, tensors)
+            if tensor.shape != other.shape:
+                raise Corrupt(f"{name} is {list(tensor.shape)} and {match['name']}_v {list(other.shape)}")
             result[match["name"]] = concat([tensor, other], 0)
         elif f"{match['name']}_w" not in tensors:
             raise Incomplete(f"{name} is there without its other half, {match['name']}_w")
     return result
-
-
-def _check_halves(name: str, gate: Tensor, up: Tensor, tensors: Mapping[str, Tensor]) -> None:
-    """Raise Corrupt where a release of Megatron-LM kept the rows of one tensor-parallel rank only."""
-    down = tensors.get(name.replace("linear_fc1", "linear_fc2"))
-    if down is None or not name.rstrip("0123456789").endswith("weight") or len(down.shape) != 2:
-        return
-    rows, wanted = gate.shape[0], down.shape[1]
-    if rows == up.shape[0] == wanted:
-        return
-    raise Corrupt(
-        f"{name}_w has {rows} rows and {name}_v {up.shape[0]}, where {name.replace('linear_fc1', 'linear_fc2')} has "
-        f"{wanted} columns: the gate and up projections are not whole",
-        hint="Megatron-LM of April and May 2026 kept one tensor-parallel rank's rows of them when it saved with "
-        "TP > 1: the rest is in no file. Save again with a later Megatron-LM, or with TP = 1",
-    )
 
 
 def _joined_parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, Tensor, Tensor]]]:
