@@ -304,6 +304,7 @@ def test_layers_of_a_searched_llama_keep_their_numbers(tmp_path: Path) -> None:
         [{}],
         [{"attention": 1, "ffn": 2}],
         [_block(), _block(n_heads_in_group=4)],
+        [_block(n_heads_in_group=[2])],
         [_block(replace_with_linear=True)],
         [_block(True)],
     ],
@@ -591,6 +592,9 @@ def test_a_tensor_too_many_and_one_too_few_are_named(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- megatron-core's own model
 
+Shapes = dict[str, tuple[int, ...]]
+"""Of tensors by name."""
+
 TOKENS = [[5, 11, 7, 30, 42, 3, 19]]
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 LAYER_NORM = {"normalization": "LayerNorm", "gated_linear_unit": False}
@@ -640,24 +644,24 @@ def in_float32(model_type: str, directory: Path) -> torch.Tensor:
     return logits
 
 
-def megatrons_logits(directories: dict[str, Path]) -> dict[str, torch.Tensor]:
-    """The logits of megatron-core's own models, loaded with our tensors. To be called on one rank."""
+def megatrons_own(directories: dict[str, Path]) -> dict[str, tuple[torch.Tensor, Shapes]]:
+    """What megatron-core's own models compute with our tensors, and how it names them on disk. For one rank."""
     from megatron.core import tensor_parallel
 
     torch.cuda.current_device = lambda: "cpu"  # where Megatron's rotary embedding puts its numbers
     tensor_parallel.get_cuda_rng_tracker().fork = nullcontext  # of a dropout that drops nothing
-    return {model_type: _megatrons_logits(model_type, directory) for model_type, directory in directories.items()}
+    return {model_type: _megatrons_own(model_type, directory) for model_type, directory in directories.items()}
 
 
-def _megatrons_logits(model_type: str, directory: Path) -> torch.Tensor:
+def _megatrons_own(model_type: str, directory: Path) -> tuple[torch.Tensor, Shapes]:
     checkpoint, family, facts = opened(directory)
     named = apply.to_megatron(checkpoint.tensors, family, facts)
     tensors = {_replaced(name, LOCAL): as_torch(each.tensor, checkpoint) for name, each in named.items()}
     if model_type == "nemotron":  # its norms are of 1 + w, which Megatron has with Transformer Engine only
         tensors |= {name: tensor + 1 for name, tensor in tensors.items() if name.endswith("layernorm.weight")}
-    model = megatron_ranks.gpt_model(
-        vocab_size=facts.sizes["vocab"], tied="tied" in facts.tags, **_megatrons_settings(model_type, facts, tensors)
-    ).eval()
+    settings = _megatrons_settings(model_type, facts, tensors)
+    settings |= {"vocab_size": facts.sizes["vocab"], "tied": "tied" in facts.tags}
+    model = megatron_ranks.gpt_model(**settings).eval()
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert [name for name in missing if not name.endswith("_extra_state")] == []
     assert unexpected == []
@@ -665,7 +669,7 @@ def _megatrons_logits(model_type: str, directory: Path) -> torch.Tensor:
     mask = torch.ones(tokens.shape[1], tokens.shape[1]).triu(1).bool()[None, None]
     with torch.no_grad():
         logits: torch.Tensor = model(tokens, torch.arange(tokens.shape[1])[None], mask)
-    return logits
+    return logits, megatron_ranks.shapes_on_disk(settings)
 
 
 def _megatrons_settings(model_type: str, facts: Facts, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -693,12 +697,12 @@ def _megatrons_settings(model_type: str, facts: Facts, tensors: Mapping[str, tor
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
-def test_megatron_computes_with_our_tensors_what_transformers_does_with_the_hubs(tmp_path: Path) -> None:
-    expected = {model_type: in_float32(model_type, tmp_path / model_type) for model_type in COMPUTED}
+def test_megatron_computes_with_our_tensors_what_transformers_does_and_names_them_so_on_disk(tmp_path: Path) -> None:
     directories = {model_type: tmp_path / model_type for model_type in COMPUTED}
-    [actual] = megatron_ranks.on_ranks(megatrons_logits, directories)
-    for model_type, logits in expected.items():
-        assert logits.std() > 0.1
-        torch.testing.assert_close(
-            actual[model_type], logits, rtol=1e-3, atol=1e-3, msg=lambda m, t=model_type: f"{t}: {m}"
-        )
+    expected = {model_type: in_float32(model_type, directory) for model_type, directory in directories.items()}
+    [actual] = megatron_ranks.on_ranks(megatrons_own, directories)
+    for model_type, (logits, shapes) in actual.items():
+        assert expected[model_type].std() > 0.1
+        assert torch.allclose(logits, expected[model_type], rtol=1e-3, atol=1e-3), model_type
+        disk = on_disk(*opened(directories[model_type]), megatron.TORCH_DIST)
+        assert {name: tensor.shape for name, tensor in disk.items()} == shapes, model_type

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reshard.dialects.table import Config, Facts, Family
-from reshard.errors import Mismatch, Unsupported
+from reshard.errors import Mismatch, Unsupported, listed
 from reshard.families.blocks import MODEL, TIED_HEAD, attention, decoder, gated_mlp, input_norm, mlp_norm, required
 
 _ATTENTION, _MLP = ("attention",), ("mlp",)
@@ -28,10 +28,12 @@ def _groups(config: Config) -> int:
         raise Mismatch("config.json of a nemotron-nas model: block_configs of attention and ffn expected")
     if any(block[key].get("replace_with_linear") for block in blocks for key in ("attention", "ffn")):
         raise Unsupported("a nemotron-nas model with layers that are replaced by one linear projection")
-    per_group = {b["attention"].get("n_heads_in_group") for b in blocks if not b["attention"].get("no_op")}
-    if len(per_group) != 1 or not all(type(n) is int and n > 0 for n in per_group):
-        raise Unsupported(f"a nemotron-nas model with {sorted(map(str, per_group))} query heads in a group")
-    return heads // int(per_group.pop())
+    per_group = [b["attention"].get("n_heads_in_group") for b in blocks if not b["attention"].get("no_op")]
+    if not per_group or any(type(n) is not int or n <= 0 or n != per_group[0] for n in per_group):
+        raise Unsupported(
+            f"a nemotron-nas model with {listed(sorted(set(map(str, per_group))))} query heads in a group"
+        )
+    return heads // int(per_group[0])
 
 
 def _is_block(block: Any) -> bool:
