@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from reshard.core.checkpoint import Checkpoint
 from reshard.core.tensor import Tensor
-from reshard.dialects import apply, megatron
+from reshard.dialects import apply, megatron, megatron_config, run_config
 from reshard.dialects.table import Facts, Family, copies, entries, variants
 from reshard.dialects.transformers import to_hub as from_modules
 from reshard.errors import Incomplete, Mismatch
@@ -623,6 +624,20 @@ def test_layers_that_share_an_indexer_have_none_of_their_own(schedule: dict[str,
     sizes = PUBLISHED["DeepSeek-V3"] | {"model_type": "glm_moe_dsa", "num_hidden_layers": 8, "n_group": 1}
     facts = FAMILIES["glm_moe_dsa"].facts(sizes | schedule)
     assert ["indexer" in tags for tags in facts.layers] == [kind == "full" for kind in made.indexer_types]
+
+
+def test_queries_that_are_not_compressed_are_said_so_where_megatron_bridge_would_compress_them() -> None:
+    family = FAMILIES["deepseek_v2"]
+    lite = PUBLISHED["DeepSeek-V2-Lite"] | {"intermediate_size": 10944, "moe_intermediate_size": 1408}
+    lite |= {"num_experts_per_tok": 6, "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 163840}
+    settings, _ = megatron_config.to_megatron(lite, family, family.facts(lite))
+    assert settings["q_lora_rank"] is None
+    assert (
+        yaml.safe_load(run_config.run_config(settings, ckpt_format="torch_dist", hf_model_id=None))["model"][
+            "q_lora_rank"
+        ]
+        is None
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

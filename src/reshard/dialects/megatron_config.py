@@ -278,7 +278,8 @@ def to_megatron(config: Config, family: Family, facts: Facts) -> tuple[dict[str,
     settings.setdefault("gated_linear_unit", _is_gated(family))
     settings["share_embeddings_and_output_weights"] = "tied" in facts.tags
     without = () if settings.get("num_moe_experts") else ("moe_",)
-    stated = {n: v for n, v in settings.items() if v is not None and not n.startswith(without)}
+    said = {n: v for n, v in settings.items() if v is not None or n in _NULL_MEANS_NONE}
+    stated = {n: v for n, v in said.items() if not n.startswith(without)}
     return stated, [*_lost(values, items, facts)]
 
 
