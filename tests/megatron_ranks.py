@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -70,6 +71,7 @@ def _result(path: Path) -> tuple[str, Any]:
 
 def _rank(folder: Path, rank: int, shape: tuple[int, ...], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """One rank, from its first line to its last: gloo's threads now and then abort a process that tears them down."""
+    warnings.simplefilter("ignore")  # Megatron misses what only GPUs have, and torch's DCP its future
     try:
         _join(folder / "store", rank, shape[0])
         if len(shape) > 1:
