@@ -460,7 +460,7 @@ def test_ranks_of_different_numbers_are_refused(ranks: Ranks, source: Path, tmp_
 
 
 def test_a_refusal_keeps_what_an_earlier_run_did(ranks: Ranks, source: Path, tmp_path: Path) -> None:
-    killed = ranks(2, "merge", source, tmp_path / "out", *SMALL, before={1: after(40, "os._exit(9)")})
+    killed = ranks(2, "merge", source, tmp_path / "out", *SMALL, before={1: after(15, "os._exit(9)")})
     assert codes(killed) == [1, 9]
     assert codes(ranks(2, "merge", source, tmp_path / "out", more={1: ["--dtype", "bfloat16"]})) == [1, 1]
     again = ranks(2, "merge", source, tmp_path / "out", "--json")

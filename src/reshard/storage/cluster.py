@@ -147,6 +147,10 @@ class _Report(msgspec.Struct, frozen=True):
             self.num_checked + other.num_checked, self.kept_nbytes + other.kept_nbytes, self.told + other.told
         )
 
+    def checked(self, ledger: Ledger) -> _Report:
+        """With the records that a ledger has confirmed at last."""
+        return self + _Report(ledger.num_checked, 0, ())
+
 
 class _Run(msgspec.Struct, frozen=True, array_like=True):
     """A part of a record of the source that a rank has read, for the first to put together: see `Ledger`."""
@@ -212,7 +216,7 @@ class _Part:
             flush(fds)
         flush_names(job.plan, folder)
         check_unchanged(job)
-        return digests, report
+        return digests, report.checked(mover.ledger)
 
     def follow(self) -> Done:
         """The part of any other rank."""
@@ -231,7 +235,7 @@ class _Part:
                 flush(fds)
             check_unchanged(job)
             self._give_runs(mover)
-            team.say(Phase.FILLED, msgspec.to_builtins(report))
+            team.say(Phase.FILLED, msgspec.to_builtins(report.checked(mover.ledger)))
         _, facts = team.wait_for_first(Phase.COMMITTED)
         return _done(digests, msgspec.convert(facts, _Report))
 
@@ -249,7 +253,7 @@ class _Part:
                 journal.note_all(digests)
         finally:
             journal.close()
-        return digests, _Report(mover.ledger.num_checked, kept, tuple(self.tell()))
+        return digests, _Report(0, kept, tuple(self.tell()))
 
     def _give_runs(self, mover: Mover) -> None:
         """Leave to the first rank what others have read of the same records; what nobody else can see stays here."""
