@@ -21,12 +21,11 @@ import megatron_ranks
 from reshard.core.checkpoint import Checkpoint, Origin
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Filled, Tensor
-from reshard.dialects import apply, megatron
+from reshard.dialects import apply, megatron, megatron_config
 from reshard.dialects.table import Facts, Family, copies, entries, variants
 from reshard.dialects.transformers import to_hub as from_modules
 from reshard.errors import Incomplete, Mismatch, Unsupported
 from reshard.families import (
-    baichuan,
     exaone4,
     gemma,
     glm4,
@@ -43,7 +42,7 @@ from reshard.storage.files import LazySource
 
 FAMILIES = {
     model_type: family
-    for module in (baichuan, exaone4, gemma, glm4, llama, mimo, mistral3, nemotron, nemotron_nas, phi, starcoder2)
+    for module in (exaone4, gemma, glm4, llama, mimo, mistral3, nemotron, nemotron_nas, phi, starcoder2)
     for family in module.FAMILIES
     for model_type in family.model_types
 }
@@ -123,7 +122,7 @@ SWITCHES = {
     "glm4": ("attention_bias",),
     "mistral3": ("multimodal_projector_bias",),
 }
-BY_TRANSFORMERS = tuple(model_type for model_type in FAMILIES if model_type not in ("baichuan", "mimo", "nemotron-nas"))
+BY_TRANSFORMERS = tuple(model_type for model_type in FAMILIES if model_type not in ("mimo", "nemotron-nas"))
 
 
 def built(model_type: str, seed: int) -> Any:
@@ -148,27 +147,6 @@ def with_tower_level(directory: Path) -> Path:
     tensors = load_file(directory / "model.safetensors")
     named = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): t for name, t in tensors.items()}
     save_file(named, directory / "model.safetensors", {"format": "pt"})
-    return directory
-
-
-def as_baichuan(directory: Path) -> Path:
-    """A Llama under Baichuan's names."""
-    sizes = {"num_key_value_heads": 4, "num_attention_heads": 4, "tie_word_embeddings": False}
-    made = transformers.AutoConfig.for_model("llama", **text(random.Random(0), **sizes))
-    AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16).save_pretrained(directory)
-    return packed_as_baichuan(directory)
-
-
-def packed_as_baichuan(directory: Path) -> Path:
-    """A Llama's query, key and value laid in one tensor; nothing is said of key-value heads."""
-    tensors = load_file(directory / "model.safetensors")
-    published = json.loads((directory / "config.json").read_text())
-    for layer in range(published["num_hidden_layers"]):
-        at = L.format(layer) + "self_attn."
-        tensors[f"{at}W_pack.weight"] = torch.cat([tensors.pop(f"{at}{x}_proj.weight") for x in "qkv"])
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    del published["num_key_value_heads"]
-    (directory / "config.json").write_text(json.dumps(published | {"model_type": "baichuan"}))
     return directory
 
 
@@ -271,7 +249,7 @@ def test_a_model_of_transformers_comes_back_from_megatrons_files_bit_for_bit(
     check_walk(saved(model_type, tmp_path / "model", seed))
 
 
-@pytest.mark.parametrize("build", [as_baichuan, as_mimo, as_nemotron_nas])
+@pytest.mark.parametrize("build", [as_mimo, as_nemotron_nas])
 def test_a_model_that_is_only_on_the_hub_comes_back_bit_for_bit(build: Callable[[Path], Path], tmp_path: Path) -> None:
     check_walk(build(tmp_path / "model"))
 
@@ -294,6 +272,15 @@ def test_layers_of_a_searched_llama_keep_their_numbers(tmp_path: Path) -> None:
     fc1 = [name for name in disk if name.endswith("linear_fc1.weight")]
     assert qkv == [D.format(layer) + "self_attention.linear_qkv.weight" for layer in (1, 2)]
     assert fc1 == [D.format(layer) + "mlp.linear_fc1.weight" for layer in (0, 1)]
+
+
+def test_the_layers_of_a_searched_llama_are_told_to_megatron_and_back() -> None:
+    config = published("llama", "32 20 3 4 2 67") | NEMOTRON_NAS
+    family = FAMILIES["nemotron-nas"]
+    settings, _ = megatron_config.to_megatron(config, family, family.facts(config))
+    assert settings["num_query_groups"] == 2
+    back = megatron_config.to_config(settings, family)
+    assert {key: back[key] for key in NEMOTRON_NAS} == NEMOTRON_NAS
 
 
 @pytest.mark.parametrize(
@@ -374,19 +361,17 @@ def as_torch(tensor: Tensor, checkpoint: Checkpoint) -> torch.Tensor:
     return data.view(getattr(torch, tensor.dtype.torch)).reshape(tensor.shape)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "seed_oss", "gemma2", "starcoder2", "phi3", "baichuan"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "seed_oss", "gemma2", "starcoder2", "phi3"])
 def test_fused_projections_are_what_plain_torch_makes(model_type: str, tmp_path: Path) -> None:
     directory = tmp_path / "model"
-    checkpoint, family, facts = opened(
-        as_baichuan(directory) if model_type == "baichuan" else saved(model_type, directory, seed=1)
-    )
+    checkpoint, family, facts = opened(saved(model_type, directory, seed=1))
     hub = load_file(directory / "model.safetensors")
     groups, heads = facts.sizes["groups"], facts.sizes["heads"]
     named = apply.to_megatron(checkpoint.tensors, family, facts)
     for layer in range(len(facts.layers)):
         at, to = L.format(layer), D.format(layer)
         for kind in ("weight", "bias"):
-            packed = hub.get(f"{at}self_attn.qkv_proj.{kind}", hub.get(f"{at}self_attn.W_pack.{kind}"))
+            packed = hub.get(f"{at}self_attn.qkv_proj.{kind}")
             if packed is not None:
                 rows = [heads * facts.sizes["head_dim"], *[groups * facts.sizes["head_dim"]] * 2]
                 q, k, v = packed.split(rows)
@@ -553,15 +538,10 @@ def test_a_tower_without_a_number_of_layers_is_named(model_type: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-ON_THE_HUB_ONLY = {"Baichuan2 7B": {**PUBLISHED["Llama 2 7B"], "model_type": "baichuan", "vocab_size": 125696}}
-
-
-@pytest.mark.parametrize(
-    "published", [*PUBLISHED.values(), *ON_THE_HUB_ONLY.values()], ids=[*PUBLISHED, *ON_THE_HUB_ONLY]
-)
-def test_a_table_is_a_bijection_and_variants_are_other_names_of_the_same(published: dict[str, Any]) -> None:
-    family = FAMILIES[published["model_type"]]
-    facts = family.facts(published)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_table_is_a_bijection_and_variants_are_other_names_of_the_same(name: str) -> None:
+    family = FAMILIES[PUBLISHED[name]["model_type"]]
+    facts = family.facts(PUBLISHED[name])
     table = entries(family, facts)
     hub = [tensor for entry in table for tensor in entry.hub]
     others = variants(family, facts)
@@ -618,7 +598,6 @@ COMPUTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"add_bias_linear": True, "activation_func": "gelu"} | LAYER_NORM,
     ),
     "nemotron": ({"attention_bias": False, "mlp_bias": False}, {"activation_func": "squared_relu"} | LAYER_NORM),
-    "baichuan": ({}, {}),
 }
 """For each model type what its config says, and Megatron's settings for it."""
 
@@ -626,21 +605,17 @@ COMPUTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def in_float32(model_type: str, directory: Path) -> torch.Tensor:
     """A model to be computed with, and its logits by transformers."""
     sizes = text(random.Random(model_type), hidden_size=40, num_attention_heads=4, num_key_value_heads=2)
-    if model_type in ("phi3", "starcoder2", "baichuan"):
+    if model_type in ("phi3", "starcoder2"):
         del sizes["head_dim"]
-    if model_type == "baichuan":
-        sizes |= {"num_key_value_heads": 4, "tie_word_embeddings": False}
     values = sizes | PLAIN | COMPUTED[model_type][0]
     torch.manual_seed(1)
-    made = transformers.AutoConfig.for_model("llama" if model_type == "baichuan" else model_type, **values)
+    made = transformers.AutoConfig.for_model(model_type, **values)
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3 + (parameter.ndim == 1))
         logits: torch.Tensor = model(input_ids=torch.tensor(TOKENS)).logits
     model.save_pretrained(directory)
-    if model_type == "baichuan":
-        packed_as_baichuan(directory)
     return logits
 
 

@@ -60,7 +60,7 @@ FAMILIES = (
         _facts,
         copies=TIED_HEAD,
         settings=_SETTINGS,
-        verified="names of Megatron-LM's own modules only",
+        verified="megatron-core computes the same logits",
     ),
     Family(
         "glm4",

@@ -5,12 +5,15 @@ Checked: Llama 3.3 Nemotron Super 49B's kind of config. Layers are numbered one 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reshard.dialects.setting import Rule, Values
 from reshard.dialects.table import Config, Facts, Family
 from reshard.errors import Mismatch, Unsupported, listed
 from reshard.families.blocks import MODEL, TIED_HEAD, attention, decoder, gated_mlp, input_norm, mlp_norm, required
+from reshard.families.settings import provider
 
 _ATTENTION, _MLP = ("attention",), ("mlp",)
 
@@ -44,6 +47,19 @@ def _facts(config: Config) -> Facts:
     return decoder(config, layers=_layers, sizes={"groups": _groups(config)})
 
 
+def _settings(config: Values, facts: Facts) -> Values:
+    blocks = json.dumps({"block_configs": config["block_configs"]})
+    return {"heterogeneous_layers_config_encoded_json": blocks, "num_query_groups": facts.sizes["groups"]}
+
+
+def _config(settings: Values) -> Values:
+    try:
+        said = json.loads(settings.get("heterogeneous_layers_config_encoded_json") or "")
+    except ValueError as error:
+        raise Unsupported(f"the settings do not tell the layers of a nemotron-nas model apart: {error}") from error
+    return {"block_configs": said["block_configs"], "num_key_value_heads": None, "intermediate_size": None}
+
+
 FAMILIES = (
     Family(
         "nemotron_nas",
@@ -59,6 +75,10 @@ FAMILIES = (
         _facts,
         copies=TIED_HEAD,
         stacked=False,
+        settings=(
+            provider("llama_nemotron.llama_nemotron_provider.LlamaNemotronHeterogeneousProvider"),
+            Rule("blocks", _settings, _config),
+        ),
         verified="names of Megatron-Bridge only",
     ),
 )
