@@ -8,7 +8,7 @@ from __future__ import annotations
 from reshard.dialects.fuse import HalvesSwapped
 from reshard.dialects.table import Config, Facts, Family, Row, as_mtp
 from reshard.families.blocks import DENSE, TIED_HEAD, decoder
-from reshard.families.settings import mtp
+from reshard.families.settings import mtp_count
 
 _OURS, _HUB = "mtp.layers.{mtp}.", "model.mtp_layers.{mtp}."
 _MTP = (
@@ -33,7 +33,7 @@ FAMILIES = (
         (*DENSE, *_MTP),
         _facts,
         copies=TIED_HEAD,
-        settings=(("add_qkv_bias", True), mtp("num_nextn_predict_layers")),
+        settings=(("add_qkv_bias", True), mtp_count()),
         verified="names of Megatron-Bridge and slime only",
     ),
 )
