@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from reshard.cli.main import main
 from reshard.core.checkpoint import Checkpoint
 from reshard.core.tensor import Tensor
 from reshard.dialects import apply, megatron, megatron_config, run_config
@@ -24,7 +25,7 @@ from reshard.dialects.table import Facts, Family, copies, entries, variants
 from reshard.dialects.transformers import to_hub as from_modules
 from reshard.errors import Incomplete, Mismatch
 from reshard.families import bailing, deepseek, ernie, exaone_moe, glm, gpt_oss, mixtral, olmoe, qwen3_moe
-from reshard.formats import open_path
+from reshard.formats import dcp, open_path
 
 FAMILIES = {
     model_type: family
@@ -280,6 +281,17 @@ def test_a_padded_vocabulary_is_padded_with_zeros_and_cut_again(tmp_path: Path) 
     assert not embedding[facts.sizes["vocab"] :].any()
     back = from_disk(disk, family, padded)
     assert {name: bits(tensor, checkpoint) for name, tensor in back.items()} == truth(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("seed", "numbered"), [(0, False), (1, True), (2, True)])
+def test_layers_are_numbered_on_disk_where_some_are_dense(seed: int, numbered: bool, tmp_path: Path) -> None:
+    directory = saved("qwen3_moe", tmp_path / "model", seed)
+    assert main(["convert", str(directory), str(tmp_path / "run"), "--to", "torch_dist"]) == 0
+    (iteration,) = (tmp_path / "run").glob("iter_*")
+    norms = {name for name in dcp.open(iteration).tensors if name.endswith("q_layernorm.weight")}
+    layers = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
+    own = {f"{D.format(layer)}self_attention.q_layernorm.weight" for layer in range(layers)}
+    assert norms == (own if numbered else {"decoder.layers.self_attention.q_layernorm.weight"})
 
 
 # ------------------------------------------------------------------------------- models that transformers has not got
