@@ -7,7 +7,7 @@ wrong shape are one error that lists them all.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reshard.core.tensor import Tensor, stack, unsqueeze
 from reshard.dialects.fuse import Glu, InterleavedGlu, Padded
@@ -163,13 +163,10 @@ def _refitted(entry: Entry, tensor: Tensor, facts: Facts) -> Tensor:
 def present(names: Collection[str], family: Family, facts: Facts, *, on_hub: bool) -> tuple[Facts, list[str]]:
     """The facts without the optional parts (MTP, vision) that a checkpoint has nothing of, and those parts."""
     absent = []
-    for part in OPTIONAL:
-        theirs = [entry for entry in entries(family, facts) if part in entry.row.on]
-        if (
-            part in facts.tags
-            and theirs
-            and not any(n in names for e in theirs for n in (e.hub if on_hub else (e.name,)))
-        ):
+    for part in sorted(facts.tags & set(OPTIONAL)):
+        theirs = replace(family, rows=tuple(row for row in family.rows if part in row.on))
+        known = [name for entry in entries(theirs, facts) for name in (entry.hub if on_hub else (entry.name,))]
+        if known and not any(name in names for name in known):
             absent.append(part)
     return facts.without(*absent), absent
 

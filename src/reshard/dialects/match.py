@@ -1,7 +1,8 @@
 """Rows found by pattern: for dialects of which a tensor's name tells all that its row asks.
 
 Nothing is known here of how many layers there are, so a name that no row has passes by, and what is missing of a model
-is not missed. Of the experts that our tensor packs the number is seen on its shape, or on the names of the hub's.
+is not missed. How many experts our tensor packs is seen on its shape, or on the names of the hub's. Rows of tensors
+that the hub packs need facts: one of them does not tell how many there are.
 
 Names are templates that match whole names only; `{layer}` and `{expert}` are numbers, the rest is in `_PLACEHOLDERS`.
 """
