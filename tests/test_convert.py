@@ -302,3 +302,40 @@ def test_a_conversion_takes_no_more_memory_than_a_block(tmp_path: Path) -> None:
     back = ["convert", str(tmp_path / "m"), str(tmp_path / "back"), "--to", "hf", "--hf-model", str(source)]
     assert peak_nbytes(*there, "-q") < 150 << 20
     assert peak_nbytes(*back, "-q") < 150 << 20
+
+
+def test_rotary_frequencies_of_old_releases_are_not_taken(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(llama / "model.safetensors")
+    (copy := tmp_path / "copy").mkdir()
+    shutil.copy(llama / "config.json", copy)
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    save_file(weights | buffers, copy / "model.safetensors", {"format": "pt"})
+    assert main(["convert", str(copy), str(tmp_path / "m"), "--to", "torch_dist"]) == 0
+    assert "2 rotary_emb.inv_freq are not taken" in capsys.readouterr().err
+    assert (
+        main(["convert", str(tmp_path / "m"), str(tmp_path / "hf"), "--to", "hf", "--hf-model", str(copy), "-q"]) == 0
+    )
+    assert differing(llama, tmp_path / "hf") == []
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_head_beside_tied_weights_is_left_out_or_unties_them(
+    own: bool, models: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = models("qwen2")
+    assert main(["convert", str(source), str(tmp_path / "m"), "--to", "fsdp_dtensor", "-q"]) == 0
+    tensors = open_located(locate(tmp_path / "m")).checkpoint
+    state = {name: torch.from_numpy(tensor.numpy().copy()) for name, tensor in tensors.items()}
+    state["model.module.output_layer.weight"] = state["model.module.embedding.word_embeddings.weight"] + own
+    shutil.rmtree(tmp_path / "m" / "iter_0000000")
+    write_dcp(tmp_path / "m" / "iter_0000000", state, ranks=1)
+    (reference := tmp_path / "config").mkdir()
+    shutil.copy(source / "config.json", reference)
+    back = ["convert", str(tmp_path / "m"), str(tmp_path / "hf"), "--to", "hf", "--hf-model", str(reference)]
+    assert main(back) == 0
+    assert ("tie_word_embeddings becomes false" if own else "to which it is tied") in capsys.readouterr().err
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert ("lm_head.weight" in written) is own
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is not own

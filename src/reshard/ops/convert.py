@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from reshard.core.tensor import Tensor
 from reshard.dialects import apply, megatron, packing
 from reshard.dialects.apply import Named
 from reshard.dialects.fuse import computes
+from reshard.dialects.megatron import InMemory
 from reshard.dialects.table import Facts, Family, copies, entries
 from reshard.errors import Corrupt, InputError, Mismatch, NotFound, Unsupported, listed
 from reshard.formats import fsdp_dtensor, huggingface, torch_dist
@@ -34,6 +36,7 @@ from reshard.ops.family import by_config, choose
 from reshard.ops.merge import Options as MergeOptions
 from reshard.ops.merge import Prepared, whole_model
 from reshard.ops.reference import Reference
+from reshard.ops.tie import says_tied
 from reshard.storage import hub, manifest
 from reshard.storage.plan import FilePlan, Plan
 from reshard.version import __version__
@@ -136,19 +139,21 @@ def _of_huggingface(source: str, options: Options) -> Model:
     """A HuggingFace directory or hub id, or a run that merges to one."""
     path = Path(source) if Path(source).exists() else hub.resolve(source, weights=True)
     _, _, checkpoint = whole_model(path, MergeOptions(base=options.hf_model, verify=options.verify))
-    if checkpoint.config is None:
+    config = checkpoint.config
+    if config is None:
         raise NotFound(f"{source} has no config.json", hint="--hf-model DIR_OR_HUB_ID brings it")
-    family = by_config(checkpoint.config)
-    known = _hub_names(family, family.facts(checkpoint.config)) if family else set()
+    checkpoint = _without_buffers(checkpoint)
+    family = by_config(config)
+    known = _hub_names(family, family.facts(config)) if family else set()
     tensors = packing.unpacked(checkpoint.tensors, known)
-    family, notices = choose(checkpoint.config, tensors) if family is None else (family, ())
+    family, notices = choose(config, tensors) if family is None else (family, ())
     _check_not_quantized(source, tensors)
-    facts, absent = apply.present(tensors, family, family.facts(checkpoint.config), on_hub=True)
+    facts, absent = apply.present(tensors, family, family.facts(config), on_hub=True)
     notices += tuple(f"the model has no tensors of its {part} part, which its config names" for part in absent)
     facts = _padded(facts, options)
     _check_copies(checkpoint, tensors, family, facts)
     named = apply.to_megatron(tensors, family, facts)
-    return Model(checkpoint, family, facts, checkpoint.config, tensors, named, None, (*checkpoint.notices, *notices))
+    return Model(checkpoint, family, facts, config, tensors, named, None, (*checkpoint.notices, *notices))
 
 
 def _of_megatron(source: Path, options: Options) -> Model:
@@ -159,8 +164,12 @@ def _of_megatron(source: Path, options: Options) -> Model:
     _check_twins(opened.checkpoint, memory.twins)
     reference = _reference(opened, options)
     family, config, notices = _understood(opened, memory.tensors, reference)
-    facts, absent = apply.present(memory.tensors, family, family.facts(config), on_hub=False)
-    notices += tuple(f"the checkpoint has nothing of the model's {part} part" for part in absent)
+    facts = family.facts(config)
+    memory, config, said = _head(opened.checkpoint, memory, config, facts)
+    if said and not says_tied(config):
+        facts = family.facts(config)
+    facts, absent = apply.present(memory.tensors, family, facts, on_hub=False)
+    notices += (*said, *(f"the checkpoint has nothing of the model's {part} part" for part in absent))
     notices += _left_out(opened)
     if options.to != "hf":
         named = apply.canonical(memory.tensors, family, _padded(facts, options))
@@ -209,6 +218,33 @@ def _understood(
             hint="name the HuggingFace model that was trained with --hf-model",
         )
     return family, reference.config, ()
+
+
+def _without_buffers(checkpoint: Checkpoint) -> Checkpoint:
+    """Without the rotary frequencies that old releases of transformers saved: every loader computes them."""
+    left = [name for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq")]
+    if not left:
+        return checkpoint
+    kept = checkpoint.select(name for name in checkpoint.tensors if name not in set(left))
+    return replace(kept, notices=(*kept.notices, f"{len(left)} rotary_emb.inv_freq are not taken: they are computed"))
+
+
+def _head(
+    checkpoint: Checkpoint, memory: InMemory, config: Mapping[str, Any], facts: Facts
+) -> tuple[InMemory, Mapping[str, Any], tuple[str, ...]]:
+    """Where a model of tied weights was saved with a head: the head left out when it is the embedding, else untied."""
+    head = next((name for name in memory.tensors if _HEAD.fullmatch(name)), None)
+    if head is None or "tied" not in facts.tags:
+        return memory, config, ()
+    embedding = head.replace("output_layer", "embedding.word_embeddings")
+    if embedding in memory.tensors and same_bytes(memory.tensors[head], memory.tensors[embedding], checkpoint.source):
+        rest = {name: tensor for name, tensor in memory.tensors.items() if name != head}
+        return replace(memory, tensors=rest), config, (f"{head} is the embedding, to which it is tied: left out",)
+    said = f"{head} is not the embedding: the model has a head of its own, tie_word_embeddings becomes false"
+    return memory, {**config, "tie_word_embeddings": False}, (said,)
+
+
+_HEAD = re.compile(r"(?:language_model\.)?output_layer\.weight")
 
 
 def _check_twins(checkpoint: Checkpoint, twins: tuple[tuple[str, Tensor, Tensor], ...]) -> None:
