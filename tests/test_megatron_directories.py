@@ -339,7 +339,7 @@ def test_empty_extra_states_are_left_out_in_silence_and_scales_with_a_notice(tmp
     save(tmp_path / "b", MODEL | states | held)
     found = opened(tmp_path / "b")
     assert found.left_out == {"extra_state": 4}
-    assert "1 extra states of Transformer Engine" in found.checkpoint.notices[0]
+    assert "FP8 scales" in found.checkpoint.notices[0]
 
 
 @pytest.mark.parametrize(

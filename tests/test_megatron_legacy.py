@@ -390,6 +390,24 @@ def test_ranks_that_do_not_fit_together_are_refused(
         opened(tmp_path)
 
 
+def test_a_rank_that_was_copied_over_another_is_recognised(tmp_path: Path) -> None:
+    def copy(ranks: list[State]) -> None:
+        ranks[1] = {name: tensor.clone() for name, tensor in ranks[0].items()}
+
+    two_ranks(tmp_path, copy)
+    with pytest.raises(Corrupt, match=r"tensor rank 0, .* and tensor rank 1, .* hold the same weights"):
+        opened(tmp_path)
+
+
+def test_ranks_that_hold_zeros_alone_are_no_copies(tmp_path: Path) -> None:
+    def zero(ranks: list[State]) -> None:
+        for rank in ranks:
+            rank["decoder.layers.0.mlp.linear_fc2.weight"] = torch.zeros(4, 30)
+
+    two_ranks(tmp_path, zero)
+    assert opened(tmp_path).checkpoint.tensors["decoder.layers.0.mlp.linear_fc2.weight"].shape == (4, 60)
+
+
 def test_experts_cut_over_other_ranks_than_the_rest_are_refused(tmp_path: Path) -> None:
     def add(ranks: list[State]) -> None:
         for rank in ranks:

@@ -45,6 +45,8 @@ _LEFT_OUT = (
     ("common", re.compile(r"common_state(?:$|[./].*)|args(?:\..*)?|iteration|checkpoint_version|num_floating_point_.*"
                           r"|content_metadata(?:\..*)?")),
 )  # fmt: skip
+_NUM_EXTRA_STATES = 4
+"""Of each kind of module, so many are looked into."""
 _MODEL_SECTION = re.compile(r"model\d*\.")
 _NUMBERED_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 _LAYER = re.compile(r"(?:^|\.)decoder\.layers\.")
@@ -108,15 +110,20 @@ def open(path: Path, kind: str = "model", *, verify: bool = False) -> Checkpoint
 
 
 def _of_dcp(located: Located, verify: bool) -> MegatronCheckpoint:
-    read: list[str] = []
+    names: list[str] = []
+    num_looked_at: Counter[str] = Counter()
 
     def is_wanted(name: str) -> bool:
-        read.append(name)
-        return kind_of(name, located.format) not in ("optimizer", "rng_state")
+        names.append(name)
+        what = kind_of(name, located.format)
+        if what == "extra_state":  # one for every module, layer and expert: the first of each kind tell
+            num_looked_at[re.sub(r"\d+", "", name)] += 1
+            return num_looked_at[re.sub(r"\d+", "", name)] <= _NUM_EXTRA_STATES
+        return what not in ("optimizer", "rng_state")
 
     checkpoint = dcp.open(located.weights, verify=verify, is_wanted=is_wanted)
     common = _common(located) | _common_of_objects(checkpoint.objects)
-    return _of_entries(located, checkpoint, common, read)
+    return _of_entries(located, checkpoint, common, names)
 
 
 def _of_zarr(located: Located) -> MegatronCheckpoint:
@@ -173,7 +180,7 @@ def _of_entries(
             objects=kept,
             origin=origin,
             dialect="megatron",
-            notices=(*located.notices, *checkpoint.notices, *_scales(states, checkpoint)),
+            notices=(*located.notices, *checkpoint.notices, *_scales(states)),
         ),
         settings,
         _optimizer(names, checkpoint.tensors, common, located.format),
@@ -311,13 +318,11 @@ def _is_reformed(name: str, tensors: Mapping[str, Tensor]) -> bool:
     return state.shape != parameter.shape and math.prod(state.shape) >= parameter.size
 
 
-def _scales(states: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[str, ...]:
+def _scales(states: Mapping[str, Any]) -> tuple[str, ...]:
     """A sentence when extra states are more than empty: FP8 scaling factors, of no use to whole weights."""
     held = [name for name, value in states.items() if _is_filled(value)]
-    if not held:
-        return ()
-    what = f"{len(held)} extra states of Transformer Engine (FP8 scales and their history) are left out: "
-    return (what + listed(held, 3),)
+    what = "extra states of Transformer Engine hold FP8 scales and their history, which are left out: "
+    return (what + listed(held, 3),) if held else ()
 
 
 def _is_filled(value: Any) -> bool:

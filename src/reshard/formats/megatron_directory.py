@@ -40,6 +40,7 @@ _INNER = ("weights", "model_weights", "dist_ckpt", "actor", "model")
 """Directories of a checkpoint in which its weights may lie, whoever wrote it."""
 _SMALL_NBYTES = 1 << 20
 _METADATA_HEAD_NBYTES = 64 << 20
+_EMBEDDING_KEY = b"embedding.word_embeddings.weight"
 _EMBEDDING = re.compile(rb"model\d*\.(?:module\.)*(?:language_model\.)?embedding\.word_embeddings\.weight")
 _OPTIMIZER = re.compile(rb"optimizer\.(?:state|distributed|param)")
 
@@ -174,7 +175,9 @@ def _dcp(path: Path, names: Sequence[str]) -> str | None:
     run_config = path / "run_config.yaml"
     if run_config.is_file() and b"ckpt_format: fsdp_dtensor" in _head(run_config, _SMALL_NBYTES):
         return FSDP_DTENSOR
-    return FSDP_DTENSOR if _EMBEDDING.search(_head(path / ".metadata", _METADATA_HEAD_NBYTES)) else None
+    head = _head(path / ".metadata", _METADATA_HEAD_NBYTES)
+    is_there = _EMBEDDING_KEY in head and _EMBEDDING.search(head)  # most have it not, and one search is fast
+    return FSDP_DTENSOR if is_there else None
 
 
 def _backend(path: Path) -> str | None:

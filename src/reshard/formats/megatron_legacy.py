@@ -89,6 +89,7 @@ def open(located: Located, *, stated: Settings | None = None, verify: bool = Fal
     settings = stated or (of_args(first.args) if first.args is not None else Settings())
     ranks = {_rank(n, settings.layout, read): file for n, file in read.items()}
     _check_complete(located.weights, ranks, settings.layout)
+    _check_distinct(located.weights, {rank: file.chunks for rank, file in ranks.items()}, files)
     source = LazySource(files)
     merged = merge(located.weights, {r: f.chunks for r, f in ranks.items()}, settings, source if verify else None)
     paths = [_file(located.weights / name) for name in directories.values()]
@@ -247,6 +248,37 @@ def _check_complete(path: Path, ranks: Mapping[Rank, _RankFile], layout: Layout 
             f"{path}: {len(missing)} of {len(grid)} ranks are missing: {listed(missing)}",
             hint="copy them from the nodes that wrote them",
         )
+
+
+def _check_distinct(path: Path, ranks: Mapping[Rank, Chunks], files: Files) -> None:
+    """Raise Corrupt when one rank's file is a copy of another's: the same bytes of tensors that all ranks share out,
+    and not of one value throughout, as what was set to zeros or ones has."""
+    first: dict[tuple[tuple[str, int | None], ...], Rank] = {}
+    for rank, chunks in ranks.items():
+        own = [
+            (name, leaf) for chunk in chunks for name, t in chunk.items() if not _is_copy(name) for leaf in leaves(t)
+        ]
+        looks = tuple((name, leaf.extent.crc32) for name, leaf in own)
+        if not looks or any(crc is None for _, crc in looks):
+            continue
+        other = first.setdefault(looks, rank)
+        largest = max((leaf.extent for _, leaf in own), key=lambda extent: extent.nbytes)
+        data = files.pread(largest.path, largest.offset, min(largest.nbytes, 1 << 16))
+        if other != rank and data[16:] != data[:-16]:
+            raise Corrupt(
+                f"{path}: the files of {_words(other)} and {_words(rank)} hold the same weights: one was copied over"
+                " the other",
+                hint="copy both again from the ranks that wrote them",
+            )
+
+
+def _is_copy(name: str) -> bool:
+    """Whether ranks of one stage hold the same under a name: by its own rule, and no other."""
+    return _COPIES.fullmatch(name) is not None and _ROWS.fullmatch(name) is None
+
+
+def _words(rank: Rank) -> str:
+    return ", ".join(f"{axis} rank {n}" for axis, n in zip(rank._fields, rank, strict=True))
 
 
 def _name(rank: Rank, has: Mapping[int, int]) -> str:
