@@ -544,11 +544,13 @@ def _hints(family: Family, config: Values, stated: Values, hf_model_id: str | No
     ours, _ = to_megatron(config, family, family.facts(config))
     source = str(hf_model_id or stated.get("hf_model_id") or stated.get("model_class") or "")
     named = source.rpartition("/")[2].lower().replace("-", "_")
+    built = ours.get("_target_") == stated.get("_target_")
     return (
-        _same(ours.get("_target_"), stated.get("_target_")),
+        built and ours.get("_target_") != GPT,
         ours.get("transformer_layer_spec") == stated.get("transformer_layer_spec"),
         any(kind.removesuffix("_text") in named for kind in (family.name, *family.model_types)),
         "bit for bit" in family.verified,
+        built,
     )
 
 

@@ -145,9 +145,17 @@ def _sparse(config: Config) -> Facts:
     return _facts(config, expert_bias=True, sparse=True)
 
 
-def _method(settings: Values) -> Values:
-    grouped = settings["moe_router_num_groups"] not in (None, 1)
-    return {"topk_method": "group_limited_greedy" if grouped else "greedy"}
+def _groups(config: Values, facts: Facts) -> Values:
+    """V2-Lite has groups in its config and does not choose by them."""
+    grouped = config.get("topk_method") == "group_limited_greedy"
+    counts = (config.get("n_group"), config.get("topk_group")) if grouped else (1, 1)
+    return dict(zip(("moe_router_num_groups", "moe_router_group_topk"), counts, strict=True))
+
+
+def _groups_config(settings: Values) -> Values:
+    count, chosen = settings["moe_router_num_groups"], settings["moe_router_group_topk"]
+    method = "greedy" if count == 1 else "group_limited_greedy"
+    return {"n_group": count, "topk_group": chosen, "topk_method": method}
 
 
 _MIXTURE = (
@@ -165,7 +173,7 @@ _SOFTMAX = (
     *_MIXTURE,
     Always("scoring_func", "softmax"),
     Always("norm_topk_prob", False),
-    Rule("topk_method", lambda config, facts: {}, _method),
+    Rule("moe_router_num_groups", _groups, _groups_config),
 )
 _SIGMOID = (
     *_MIXTURE,
