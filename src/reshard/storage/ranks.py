@@ -123,6 +123,8 @@ class Team:
         self._seats: dict[int, str] = {}
         self._heard: dict[int, _Heard] = {}
         """Of the ranks that this one listens to: the first listens to all, all others to the first."""
+        self._seen_alive: set[str] = set()
+        """Processes that were there before they had a seat."""
         self._failure: Failure | None = None
         self._refuses = False
         """Whether this is the first rank of a run that cannot begin, and tells all that come."""
@@ -277,7 +279,7 @@ class Team:
     def _first_ended(self) -> bool:
         assert self._board is not None
         heard = self._heard.get(0)
-        if heard is None or (self._same_machine(heard.word) and self._board.is_dead(heard.word.process)):
+        if heard is None or self._is_dead(heard.word):
             return True
         if time.monotonic() - heard.at > self.launch.silence_timeout_s:
             return True
@@ -329,10 +331,9 @@ class Team:
         assert self._board is not None
         self._beat += 1
         seats = {str(rank): process for rank, process in self._seats.items()}
-        failure = self._failure if self.launch.is_first or self._is_ours(self._failure) else None
         word = Word(
             self.process, hostname(), self._machine, self._beat, self._phase, self._run, self._done_nbytes,
-            self._facts, failure, seats,
+            self._facts, self._failure, seats,
         )  # fmt: skip
         self._board.put(f"rank.{self.launch.rank}", msgspec.json.encode(word))
 
@@ -369,7 +370,7 @@ class Team:
         told = self._failure
         for rank in range(1, self.launch.world_size):
             heard = self._heard.get(rank)
-            is_dead = heard is not None and self._is_dead(heard)  # before its word: the last may say that it ended
+            is_dead = heard is not None and self._is_dead(heard.word)  # before its word: the last may say that it ended
             word = self._read(rank)
             if heard is None:
                 self._seat(rank, word)
@@ -390,14 +391,23 @@ class Team:
             return
         if word.run == self.process and word.process == self._seats.get(rank):
             self._heard[rank] = _Heard(word)
-        elif not word.run and self._seats.get(rank) != word.process:
+        elif not word.run and not self._was_left(rank, word) and self._seats.get(rank) != word.process:
             self._seats[rank] = word.process
             self._put()
+
+    def _was_left(self, rank: int, word: Word) -> bool:
+        """Whether a word was left by an earlier run. Who was seen alive and is dead now has failed."""
+        if not self._is_dead(word):
+            self._seen_alive.add(word.process)
+            return False
+        if word.process in self._seen_alive and word.phase != Phase.ENDED and self._failure is None:
+            self._failure = self._death(rank, word, "its process ended without a word")
+        return True
 
     def _listen_to_first(self) -> None:
         assert self._board is not None
         heard = self._heard.get(0)
-        is_dead = heard is not None and self._is_dead(heard)
+        is_dead = heard is not None and self._is_dead(heard.word)
         word = self._read(0)
         if not self._run:
             self._ask(word)
@@ -420,6 +430,8 @@ class Team:
             self._put()
         elif word.phase > Phase.JOINING:
             self._notice_another_run(word)
+        else:
+            self._was_left(0, word)
 
     def _notice_another_run(self, word: Word) -> None:
         """A run that goes on without this process is not ours; one that stands still was killed."""
@@ -431,12 +443,10 @@ class Team:
         elif other.word.process != word.process:
             self._heard[-1] = _Heard(word)
 
-    def _is_dead(self, heard: _Heard) -> bool:
+    def _is_dead(self, word: Word) -> bool:
+        """Whether the process of a word is known to have ended: of this machine alone that can be known at once."""
         assert self._board is not None
-        return self._same_machine(heard.word) and self._board.is_dead(heard.word.process)
-
-    def _same_machine(self, word: Word) -> bool:
-        return bool(self._machine) and word.machine == self._machine
+        return bool(self._machine) and word.machine == self._machine and self._board.is_dead(word.process)
 
     def _judge(self, rank: int, is_dead: bool) -> None:
         """Whether a rank has failed."""
@@ -448,13 +458,14 @@ class Team:
         elif heard.word.phase != Phase.ENDED:
             why = "its process ended without a word" if is_dead else self._lost(heard)
             if why is not None:
-                self._failure = Failure(
-                    rank, heard.word.host, "died", why, f"was there enough memory? {_GONE}", clears=False
-                )
+                self._failure = self._death(rank, heard.word, why)
+
+    def _death(self, rank: int, word: Word, why: str) -> Failure:
+        return Failure(rank, word.host, "died", why, f"was there enough memory? {_GONE}", clears=False)
 
     def _lost(self, heard: _Heard) -> str | None:
         """Why nothing more is to be expected of a rank; None while it lives."""
-        if self._is_dead(heard):
+        if self._is_dead(heard.word):
             return "its process ended without a word"
         silent_s = time.monotonic() - heard.at
         return f"not a word for {silent_s:.0f} s" if silent_s > self.launch.silence_timeout_s else None
@@ -473,6 +484,3 @@ class Team:
             hint,
             clears=isinstance(error, InputError) and self._phase > Phase.JOINING,
         )
-
-    def _is_ours(self, failure: Failure | None) -> bool:
-        return failure is not None and failure.rank == self.launch.rank
