@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,32 @@ def test_megatron_core_refuses_it_without_extra_states(tmp_path: Path) -> None:
     run = write(torch_dist.plan(tensors, iteration=1, extra_states=[]), tmp_path / "run")
     with pytest.raises(AssertionError, match=r"_extra_state/shard_0_2"):
         on_ranks(loaded, run / "iter_0000001", {})
+
+
+def load_by_hand(directory: Path, shapes: dict[str, tuple[int, ...]], objects: list[str]) -> dict[str, Any]:
+    """On one rank: what Megatron loads for tensors and extra states by their keys, without a model."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    wanted: dict[str, Any] = {
+        name: ShardedTensor.from_rank_offsets(name, torch.zeros(shape, dtype=torch.bfloat16))
+        for name, shape in shapes.items()
+    }
+    for name in objects:
+        key, place, sizes = re.fullmatch(r"(.+)/shard_([\d.]+)_([\d.]+)", name).groups()
+        offset, whole = (tuple(map(int, numbers.split("."))) for numbers in (place, sizes))
+        wanted[name] = ShardedObject(key, None, whole, offset)
+    return dist_checkpointing.load(wanted, str(directory))
+
+
+@needs_megatron
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bridge_mixtral", "bridge_qwen3_5_moe", "bridge_nemotron_h"])
+def test_megatron_core_finds_all_that_a_model_of_transformer_engine_asks_for(name: str, tmp_path: Path) -> None:
+    tensors, objects = keys_of(name)
+    run = write(torch_dist.plan(tensors, iteration=1), tmp_path / "run")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    asked = sorted(extra_states(objects))
+    (found,) = on_ranks(load_by_hand, run / "iter_0000001", shapes, asked)
+    assert all(tuple(found[name].shape) == shape and not found[name].any() for name, shape in shapes.items())
+    assert all(same(found[name], torch.empty(0, dtype=torch.uint8)) for name in asked)
