@@ -41,9 +41,9 @@ class Table:
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def _experts(block: str, moe: str, names: tuple[str, ...] = _GATED, hub_moe: str = "") -> tuple[Row, ...]:
+def _experts(moe: str, names: tuple[str, ...] = _GATED, hub_moe: str = "") -> tuple[Row, ...]:
     """The two tensors of fused experts in `moe`, a submodule of each layer, under the hub's names of the matrices."""
-    layer = f"{{path}}{block}.{{layer}}"
+    layer = "{path}layers.{layer}"
     return packing.rows(f"{layer}.{moe}.experts", f"{layer}.{hub_moe or moe}.experts.{{expert}}", names)
 
 
@@ -51,8 +51,8 @@ def _moved(module: str, hub: str) -> Row:
     return Row(f"{{path}}layers.{{layer}}.{module}", f"{{path}}layers.{{layer}}.{hub}")
 
 
-_PLAIN = _experts("layers", "mlp")
-_W123 = _experts("layers", "mlp", ("w1", "w3", "w2"), hub_moe="block_sparse_moe")
+_PLAIN = _experts("mlp")
+_W123 = _experts("mlp", ("w1", "w3", "w2"), hub_moe="block_sparse_moe")
 
 
 def _under_model(*parts: str) -> tuple[Row, ...]:
@@ -154,8 +154,8 @@ TABLES = (
         ("phimoe",),
         inner=(*_W123, _moved("mlp.router.weight", "block_sparse_moe.gate.weight")),
     ),
-    Table(("jamba",), inner=_experts("layers", "feed_forward")),
-    Table(("lfm2_moe",), inner=_experts("layers", "feed_forward", ("w1", "w3", "w2"))),
+    Table(("jamba",), inner=_experts("feed_forward")),
+    Table(("lfm2_moe",), inner=_experts("feed_forward", ("w1", "w3", "w2"))),
     Table(
         ("granitemoe", "granitemoeshared", "granitemoehybrid"),
         inner=(
@@ -166,7 +166,7 @@ TABLES = (
     ),
     Table(
         ("nemotron_h",),
-        inner=_experts("layers", "mixer", ("up_proj", "down_proj")),
+        inner=_experts("mixer", ("up_proj", "down_proj")),
         outer=(Row("model.{rest}", "backbone.{rest}"),),
     ),
     Table(
