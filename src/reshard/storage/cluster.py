@@ -29,7 +29,7 @@ import numpy as np
 import xxhash
 
 from reshard.core.tensor import Extent, leaves
-from reshard.errors import OutputError, listed
+from reshard.errors import InputError, OutputError, listed
 from reshard.storage.board import board_of, hostname
 from reshard.storage.files import Ledger
 from reshard.storage.fill import (
@@ -58,6 +58,7 @@ from reshard.storage.staging import (
     check_destination,
     check_space,
     commit,
+    explained,
     inode,
     journal_lines,
     part_journal,
@@ -90,10 +91,11 @@ def run_together(job: Job, launch: Launch, force: bool, spread: Spread, tell: Ca
                 raise refusal
             return part.lead() if launch.is_first else part.follow()
         except BaseException as error:
-            told = team.fail(error)
-            if told is None:
+            explained_error = explained(error, job.destination) if isinstance(error, OSError) else error
+            raised = team.fail(explained_error, clears=isinstance(error, InputError))
+            if raised is error:
                 raise
-            raise told from error
+            raise raised from error
         finally:
             team.leave(staging if launch.is_first and refusal is None else None)
 

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from reshard import errors
-from reshard.errors import InputError, OutputError, RankFailed, ReshardError, listed
+from reshard.errors import OutputError, RankFailed, ReshardError, listed
 from reshard.storage.board import Board, hostname
 from reshard.storage.launch import Launch
 from reshard.storage.move import Progress
@@ -35,6 +35,7 @@ _LINGER_S = 20.0
 _REFUSAL_S = 5.0
 """How long a run that never began waits for ranks to tell them."""
 
+_DEAD = "its process ended without a word"
 _GONE = "run the same command again: what is done is kept"
 
 
@@ -219,16 +220,19 @@ class Team:
 
     # -------------------------------------------------------------------------------------------------- at the end
 
-    def fail(self, error: BaseException) -> ReshardError | None:
-        """Tell the others why this rank cannot go on, unless it is them who said so: what it raises for them then."""
+    def fail(self, error: BaseException, clears: bool) -> BaseException:
+        """Tell the others why this rank cannot go on, unless the run has failed already: what is to be raised.
+
+        `clears` says whether nothing may be left, as far as this rank has begun.
+        """
         if self._board is None:
-            return None
+            return error
         with self._lock:
             if self._failure is None:
-                self._failure = self._failure_of(error)
+                self._failure = self._failure_of(error, clears and self._phase > Phase.JOINING)
             self._put_soon()
             told = self._failure
-        return told.error() if told.rank != self.launch.rank and isinstance(error, Exception) else None
+        return error if told.rank == self.launch.rank or not isinstance(error, Exception) else told.error()
 
     def leave(self, staging: Path | None) -> None:
         """Part: the first rank clears up `staging`, if it holds it, when nobody writes there any more.
@@ -279,17 +283,18 @@ class Team:
     def _first_ended(self) -> bool:
         assert self._board is not None
         heard = self._heard.get(0)
-        if heard is None or self._is_dead(heard.word):
+        if heard is None or self._is_lost(heard):
             return True
-        if time.monotonic() - heard.at > self.launch.silence_timeout_s:
+        try:
+            word = self._read(0)
+        except ConnectionError:
             return True
-        word = self._read(0)
         return word is None or word.process != self._run or word.phase == Phase.ENDED
 
     def _all_ended(self) -> bool:
         if self._refuses and len(self._heard) < self.launch.world_size - 1:
             return False
-        return all(heard.word.phase == Phase.ENDED or self._lost(heard) is not None for heard in self._heard.values())
+        return all(heard.word.phase == Phase.ENDED or self._is_lost(heard) for heard in self._heard.values())
 
     # ------------------------------------------------------------------------------------------------------- inside
 
@@ -302,6 +307,8 @@ class Team:
                     self._listen()
                 except OSError:
                     continue  # the next time, or silence will tell
+                except Exception as error:  # of the caller's progress: the main thread raises it
+                    self._failure = self._failure or self._failure_of(error)
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
         pause, began = 0.005, time.monotonic()
@@ -401,7 +408,7 @@ class Team:
             self._seen_alive.add(word.process)
             return False
         if word.process in self._seen_alive and word.phase != Phase.ENDED and self._failure is None:
-            self._failure = self._death(rank, word, "its process ended without a word")
+            self._failure = self._death(rank, word, _DEAD)
         return True
 
     def _listen_to_first(self) -> None:
@@ -456,31 +463,27 @@ class Team:
         if heard.word.failure is not None:
             self._failure = heard.word.failure
         elif heard.word.phase != Phase.ENDED:
-            why = "its process ended without a word" if is_dead else self._lost(heard)
-            if why is not None:
-                self._failure = self._death(rank, heard.word, why)
+            if is_dead:
+                self._failure = self._death(rank, heard.word, _DEAD)
+            elif self._is_silent(heard):
+                self._failure = self._death(
+                    rank, heard.word, f"not a word for {self.launch.silence_timeout_s:g} s", "does its machine run? "
+                )
 
-    def _death(self, rank: int, word: Word, why: str) -> Failure:
-        return Failure(rank, word.host, "died", why, f"was there enough memory? {_GONE}", clears=False)
+    def _death(self, rank: int, word: Word, why: str, question: str = "was there enough memory? ") -> Failure:
+        return Failure(rank, word.host, "died", why, question + _GONE, clears=False)
 
-    def _lost(self, heard: _Heard) -> str | None:
-        """Why nothing more is to be expected of a rank; None while it lives."""
-        if self._is_dead(heard.word):
-            return "its process ended without a word"
-        silent_s = time.monotonic() - heard.at
-        return f"not a word for {silent_s:.0f} s" if silent_s > self.launch.silence_timeout_s else None
+    def _is_silent(self, heard: _Heard) -> bool:
+        return time.monotonic() - heard.at > self.launch.silence_timeout_s
 
-    def _failure_of(self, error: BaseException) -> Failure:
+    def _is_lost(self, heard: _Heard) -> bool:
+        """Whether nothing more is to be expected of a rank."""
+        return self._is_dead(heard.word) or self._is_silent(heard)
+
+    def _failure_of(self, error: BaseException, clears: bool = False) -> Failure:
         kind, message, hint = type(error).__name__, str(error), getattr(error, "hint", None)
         if isinstance(error, KeyboardInterrupt):
             message, hint = "interrupted", _GONE
         elif not isinstance(error, ReshardError):
             message = f"{kind}: {message}"
-        return Failure(
-            self.launch.rank,
-            hostname(),
-            kind,
-            message,
-            hint,
-            clears=isinstance(error, InputError) and self._phase > Phase.JOINING,
-        )
+        return Failure(self.launch.rank, hostname(), kind, message, hint, clears)
