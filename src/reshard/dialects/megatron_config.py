@@ -10,8 +10,9 @@ from family to family is in `Family.settings`; what all share is here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
@@ -126,12 +127,8 @@ def _vocabulary(config: Values, facts: Facts) -> Values:
 
 
 def _heads(config: Values, facts: Facts) -> Values:
-    heads = config["num_attention_heads"]
-    return {
-        "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
-    }
+    names = (("num_attention_heads", "heads"), ("num_query_groups", "groups"), ("kv_channels", "head_dim"))
+    return {setting: facts.sizes[size] for setting, size in names}
 
 
 def _heads_of(settings: Values) -> Values:
@@ -275,12 +272,18 @@ def to_megatron(config: Config, family: Family, facts: Facts) -> tuple[dict[str,
     except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
         kind = config.get("model_type")
         raise Mismatch(f"config.json of a {kind} model lacks what its settings need: {error!r:.200}") from error
+    lacking = [name for name in _SIZES if settings.get(name) is None]
+    if lacking:
+        raise Mismatch(f"config.json of a {config.get('model_type')} model does not say {listed(lacking)}")
     settings.setdefault("gated_linear_unit", _is_gated(family))
     settings["share_embeddings_and_output_weights"] = "tied" in facts.tags
     without = () if settings.get("num_moe_experts") else ("moe_",)
     said = {n: v for n, v in settings.items() if v is not None or n in _NULL_MEANS_NONE}
     stated = {n: v for n, v in said.items() if not n.startswith(without)}
     return stated, [*_lost(values, items, facts)]
+
+
+_SIZES = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 def _is_gated(family: Family) -> bool:
@@ -392,12 +395,14 @@ def recognise(
     what no tensor tells, Mismatch when no family fits.
     """
     stated, notices = _completed(settings, tensors, vocab_size)
+    # the first of a layer's experts stands for all, of which there may be tens of thousands
+    names = {name: tensor for name, tensor in tensors.items() if not _OTHER_EXPERT.search(name)}
     fits: list[tuple[Family, dict[str, Any]]] = []
     against: dict[str, str] = {}
     for family in candidates:
         try:
             config = to_config(stated, family)
-            _check_fit(config, family, stated, tensors)
+            _check_fit(config, family, stated, names)
         except InputError as error:
             against[family.name] = str(error)
         else:
@@ -467,8 +472,8 @@ def _of_nemo(stated: Values) -> Values:
 def _complete_mlp(stated: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """The sizes of the MLPs, of the experts and how many there are of these, where the settings do not say."""
     experts = 1 + max(_numbers(tensors, ".experts.linear_fc2.weight"), default=-1)
-    if experts and not stated.get("num_moe_experts"):
-        stated["num_moe_experts"] = experts
+    if experts and stated.setdefault("num_moe_experts", experts) != experts:
+        raise Mismatch(f"the settings say num_moe_experts {stated['num_moe_experts']!r}, the tensors are of {experts}")
     for name, ending in (("ffn_hidden_size", ".mlp.linear_fc2.weight"), ("moe_ffn_hidden_size", "fc2.weight0")):
         found = next((t for n, t in tensors.items() if n.endswith(ending) and ".layers." in n), None)
         if found is not None and len(found.shape) == 2 and not stated.get(name):
@@ -486,17 +491,12 @@ def _numbers(names: Iterable[str], after: str) -> Iterator[int]:
             yield int(number)
 
 
+_OTHER_EXPERT = re.compile(r"\.experts\.linear_fc[12]\.(?:weight|bias)[1-9]\d*$")
+
+
 def _check_fit(config: Values, family: Family, stated: Values, tensors: Mapping[str, Tensor]) -> None:
-    """Raise Mismatch where a config that was made for a family does not have the checkpoint's names, or says else."""
-    facts, _ = present(tensors, family, family.facts(config), on_hub=False)
-    table, others = {entry.name: entry for entry in entries(family, facts)}, variants(family, facts)
-    unknown = [name for name in tensors if name not in table and name not in others]
-    if unknown:
-        raise Mismatch(f"{len(unknown)} tensors are not its: {listed(unknown, 3)}")
-    have = {hub for name in tensors for hub in (table.get(name) or others[name]).hub}
-    missing = [name for name, entry in table.items() if not set(entry.hub) <= have]
-    if missing:
-        raise Mismatch(f"{len(missing)} of its tensors are missing: {listed(missing, 3)}")
+    """Raise Mismatch where a config that was made for a family says else than the checkpoint, or lacks its names."""
+    facts = family.facts(config)
     ours, _ = to_megatron(config, family, facts)
     unlike = [
         f"{name} {_canonical(name, stated)!r}, not {_canonical(name, ours)!r}"
@@ -505,6 +505,17 @@ def _check_fit(config: Values, family: Family, stated: Values, tensors: Mapping[
     ]
     if unlike:
         raise Mismatch(f"the checkpoint says {listed(unlike, 3)}")
+    if facts.counts.get("expert"):
+        facts = replace(facts, counts={**facts.counts, "expert": 1})
+    facts, _ = present(tensors, family, facts, on_hub=False)
+    table, others = {entry.name: entry for entry in entries(family, facts)}, variants(family, facts)
+    unknown = [name for name in tensors if name not in table and name not in others]
+    if unknown:
+        raise Mismatch(f"{len(unknown)} tensors are not its: {listed(unknown, 3)}")
+    have = {hub for name in tensors for hub in (table.get(name) or others[name]).hub}
+    missing = [name for name, entry in table.items() if not set(entry.hub) <= have]
+    if missing:
+        raise Mismatch(f"{len(missing)} of its tensors are missing: {listed(missing, 3)}")
 
 
 def _canonical(name: str, settings: Values) -> Any:
@@ -556,8 +567,8 @@ def _hints(family: Family, config: Values, stated: Values, hf_model_id: str | No
 
 def _unknown(against: Mapping[str, str], tensors: Mapping[str, Tensor]) -> InputError:
     """What to say when no family fits: the reasons of those that came nearest."""
-    near = [f"{name}: {why}" for name, why in against.items() if why.startswith("the checkpoint says")]
-    near += [f"{name}: {why}" for name, why in against.items() if "missing" in why or "not its" in why]
+    near = [f"{name}: {why}" for name, why in against.items() if "missing" in why or "not its" in why]
+    near += [f"{name}: {why}" for name, why in against.items() if why.startswith("the checkpoint says")]
     return Mismatch(
         f"no known family has the checkpoint's {len(tensors)} tensors and its settings:\n  " + "\n  ".join(near[:4]),
         hint="--hf-model REF names the HuggingFace model that was trained; `reshard families` lists what is known",
