@@ -339,3 +339,13 @@ def test_a_head_beside_tied_weights_is_left_out_or_unties_them(
     written = load_file(tmp_path / "hf" / "model.safetensors")
     assert ("lm_head.weight" in written) is own
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is not own
+
+
+def test_a_config_alone_says_how_experts_are_packed_on_the_hub(models: Callable[[str], Path], tmp_path: Path) -> None:
+    source = models("qwen3_vl_moe")
+    (reference := tmp_path / "config").mkdir()
+    shutil.copy(source / "config.json", reference)
+    assert main(["convert", str(source), str(tmp_path / "m"), "--to", "torch_dist", "-q"]) == 0
+    back = ["convert", str(tmp_path / "m"), str(tmp_path / "back"), "--to", "hf", "--hf-model", str(reference), "-q"]
+    assert main(back) == 0
+    assert differing(source, tmp_path / "back") == []

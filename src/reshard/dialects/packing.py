@@ -11,6 +11,7 @@ written is what the reference has.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 from reshard.core.box import Shape
@@ -61,6 +62,22 @@ def unpacked(tensors: Mapping[str, Tensor], known: Collection[str]) -> dict[str,
             raise Mismatch(f"{_place(name)}: experts are there packed and single: {listed(twice)}")
         result |= parts
     return result
+
+
+def usual(tensors: Mapping[str, Tensor], model_type: str) -> dict[str, Shape]:
+    """The shapes of packed experts that a model of this type has on the hub, where no reference shows them."""
+    if model_type not in TURNED_ON_HUB:
+        return {}
+    result: dict[str, Shape] = {}
+    counts = Counter(at["rest"] for name in tensors if (at := match.pattern(_DOWN).fullmatch(name)))
+    for path, count in counts.items():
+        rows, columns = tensors[f"{path}.experts.0.down_proj.weight"].shape
+        result[f"{path}.experts.gate_up_proj"] = (count, rows, 2 * columns)
+        result[f"{path}.experts.down_proj"] = (count, columns, rows)
+    return result
+
+
+_DOWN = "{rest}.experts.{expert}.down_proj.weight"
 
 
 def packed(tensors: Mapping[str, Tensor], reference: Mapping[str, Shape]) -> dict[str, Tensor]:

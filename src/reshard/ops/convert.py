@@ -317,7 +317,7 @@ def _to_huggingface(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     for copy in copies(model.family, model.facts):
         if copy.of in tensors and copy.name not in tensors and (copy.always or copy.name in shapes):
             tensors[copy.name] = tensors[copy.of]
-    tensors = packing.packed(tensors, shapes)
+    tensors = packing.packed(tensors, shapes or packing.usual(tensors, str(model.config.get("model_type"))))
     notices = list(model.notices)
     if shapes:
         notices += _check_against(reference, tensors, options)
