@@ -82,6 +82,6 @@ def write(args: argparse.Namespace, source: str, target: str, fields: dict[str, 
     with output.progress(prepared.plan.nbytes, "converting", args.quiet) as progress:
         converted = carry_out(
             prepared, destination, force=args.force, threads=args.threads, block_nbytes=options.block_nbytes(args),
-            progress=progress,
+            progress=progress, spread=options.spread(args),
         )  # fmt: skip
     return show_result(args, converted)
