@@ -1,0 +1,119 @@
+"""An evaluation as a process of its own, which outlives whoever started it and is found again.
+
+    OUTPUT/.process/lock     held by the process and all its children for as long as one of them lives
+    OUTPUT/.process/pid      its process group
+    OUTPUT/.process/exit     its exit status, written when it ended by itself
+    OUTPUT/.process/log      what it said
+
+The lock is taken before the process is started and inherited by it, so there is no moment at which a process that may
+run cannot be seen. A process id alone would not tell: they are given again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_LOG_TAIL_NBYTES = 4096
+_NOTING = """
+printf "%s" "$$" > "$0/pid.new" && mv "$0/pid.new" "$0/pid"
+"$@"
+status=$?
+printf "%s" "$status" > "$0/exit.new" && mv "$0/exit.new" "$0/exit"
+exit "$status"
+"""
+"""A shell that runs the command given to it; its own name is the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What became of a process."""
+
+    is_running: bool
+    status: int | None
+    """Its exit status; None while it runs, and when it was killed."""
+    log: Path
+
+    def last_words(self) -> str:
+        """The end of what it said."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, self.log.stat().st_size - _LOG_TAIL_NBYTES))
+                return file.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+
+def start(command: Sequence[str], output: Path, environment: Mapping[str, str] | None = None) -> int:
+    """Start a command in a session of its own; gives its process group. Raises OSError."""
+    folder = output / ".process"
+    folder.mkdir(parents=True)
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", _NOTING, str(folder), *command],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(lock,),
+                env={**os.environ, **(environment or {})}, cwd=output,
+            )  # fmt: skip
+    finally:
+        os.close(lock)
+    _children[process.pid] = process
+    return process.pid
+
+
+_children: dict[int, subprocess.Popen[bytes]] = {}
+"""Of this process, so that those that ended do not stay as zombies."""
+
+
+def look(output: Path) -> Seen | None:
+    """What became of the process of an output directory; None when none was ever started there."""
+    folder = output / ".process"
+    _reap()
+    with suppress(OSError, ValueError):  # first, because what it left running in the background says nothing
+        return Seen(False, int((folder / "exit").read_text()), folder / "log")
+    try:
+        lock = os.open(folder / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Seen(True, None, folder / "log")
+    finally:
+        os.close(lock)
+    with suppress(OSError, ValueError):
+        return Seen(False, int((folder / "exit").read_text()), folder / "log")
+    return Seen(False, None, folder / "log")
+
+
+def kill(output: Path, patience_s: float = 5.0) -> None:
+    """End a process and its children: politely, then not. Returns when none of them is left."""
+    until = time.monotonic() + patience_s
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        while (seen := look(output)) is not None and seen.is_running:
+            _signal(output, number)
+            if number == signal.SIGTERM and time.monotonic() > until:
+                break
+            if time.monotonic() > until + patience_s:
+                return
+            time.sleep(0.05)
+
+
+def _signal(output: Path, number: int) -> None:
+    with suppress(OSError, ValueError):
+        os.killpg(int((output / ".process" / "pid").read_text()), number)
+
+
+def _reap() -> None:
+    for pid, process in list(_children.items()):
+        if process.poll() is not None:
+            _children.pop(pid, None)

@@ -1,0 +1,681 @@
+"""What is known, in one SQLite file: jobs, their attempts, their results, who holds what and how far each logger is.
+
+    jobs       (run, step, kind, fingerprint) unique   state, reason, attempts, job id, output, lease: owner, expires
+    attempts   (job, number)                           output, job id, state, reason, when
+    results    (run, step, kind, task, metric, filter) unique   value, whether it is in evals.jsonl
+    cursors    name                                    how far a logger has read, and who holds it
+
+Every change is one transaction. A job is changed by the owner of its lease alone: whoever lost it, because the process
+slept too long, gets LeaseLost and changes nothing. The watcher keeps such a file in the run directory, the server has
+one as its queue.
+
+Several processes of one machine share a file through SQLite's write-ahead log. That log lives in memory that machines
+do not share, so on network file systems the file has a rollback journal and locks instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from reshard.errors import Corrupt, InputError, ReshardError, Unsupported
+from reshard.evaluate.lease import LEASE_S, is_dead
+from reshard.evaluate.metrics import Metric, metric_name
+
+_SCHEMA = 1
+_APPLICATION = 0x72736864
+"""`rshd`: says whose file it is."""
+_BUSY_S = 30.0
+_NETWORK = {
+    "nfs",
+    "nfs4",
+    "lustre",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "ceph",
+    "gpfs",
+    "beegfs",
+    "9p",
+    "afs",
+    "wekafs",
+    "glusterfs",
+}
+
+
+class State(StrEnum):
+    """Where a job is."""
+
+    SEEN = "seen"
+    """A checkpoint that is wanted and not whole yet."""
+    READY = "ready"
+    """Whole, and its shards are held."""
+    MERGED = "merged"
+    SUBMITTING = "submitting"
+    """May have been sent: it is looked for before it is sent (again)."""
+    QUEUED = "queued"
+    RUNNING = "running"
+    MEASURED = "measured"
+    """Its results are here, and not in evals.jsonl yet."""
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed_out"
+    LOST = "lost"
+    """The checkpoint was removed before it could be held."""
+    SUPERSEDED = "superseded"
+    """The step was saved again, with other weights, before this was logged."""
+    SAME = "same"
+    """The step was saved again with the weights that it had: the earlier job counts."""
+    REWRITTEN = "rewritten"
+    """The step was saved again with other weights after its results had been logged: they stand."""
+
+
+FINAL = frozenset({
+    State.DONE, State.FAILED, State.CANCELLED, State.TIMED_OUT, State.LOST, State.SUPERSEDED, State.SAME,
+    State.REWRITTEN,
+})  # fmt: skip
+"""States that a job stays in."""
+OPEN = frozenset(State) - FINAL
+
+
+class LeaseLost(ReshardError):
+    """Somebody else holds the job by now; nothing was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What one evaluation is of."""
+
+    run: str
+    step: int
+    kind: str = "regular"
+    """`regular` or `ema`."""
+    fingerprint: str = ""
+    """Of the shards; empty while they are not whole. The server has its own id of the job here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row of `jobs`."""
+
+    id: int
+    run: str
+    step: int
+    kind: str
+    fingerprint: str
+    state: State
+    reason: str
+    """Why it is in this state, for people."""
+    attempts: int
+    """Begun so far; the number of the last one."""
+    failures: int
+    """Attempts that count against the retries."""
+    job_id: str
+    """The backend's, of the last attempt."""
+    output: str
+    """The directory of the last attempt."""
+    source: str
+    """The checkpoint."""
+    held: str
+    """Where its shards are kept from being deleted; empty when they are not."""
+    merged: str
+    """The whole model; empty when there is none (any more)."""
+    digest: str
+    """Of the weights, once merged: the same weights have the same."""
+    files: Mapping[str, Any]
+    """Of the shards: [size, mtime_ns] by path relative to the checkpoint."""
+    payload: Mapping[str, Any]
+    """Whatever else the owner of the queue keeps."""
+    not_before: float
+    """When it may be taken up (again), in seconds since the epoch."""
+    created: float
+    changed: float
+    began: float
+    """When the last attempt was submitted; 0 before."""
+    owner: str
+    expires: float
+
+    @property
+    def key(self) -> Key:
+        return Key(self.run, self.step, self.kind, self.fingerprint)
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One row of `attempts`."""
+
+    job: int
+    number: int
+    output: str
+    job_id: str
+    state: str
+    """Of a job that is under way: `submitting` or `running`; else how it ended."""
+    reason: str
+    began: float
+    ended: float
+    """0 while it is under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One row of `results`."""
+
+    run: str
+    step: int
+    kind: str
+    task: str
+    metric: str
+    filter: str
+    value: float
+    fingerprint: str
+    job: int
+    time: float
+    """When it was collected, in seconds since the epoch."""
+    logged: bool
+    """Whether it is in evals.jsonl."""
+
+    @property
+    def name(self) -> str:
+        return metric_name(self.task, self.metric, self.filter)
+
+    @property
+    def key(self) -> tuple[str, int, str, str, str, str]:
+        return self.run, self.step, self.kind, self.task, self.metric, self.filter
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """What is known of a job when it is added."""
+
+    key: Key
+    state: State
+    source: str = ""
+    reason: str = ""
+    files: Mapping[str, Any] = field(default_factory=dict)
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+_TABLES = """
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    run TEXT NOT NULL, step INTEGER NOT NULL, kind TEXT NOT NULL, fingerprint TEXT NOT NULL,
+    state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
+    attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
+    job_id TEXT NOT NULL DEFAULT '', output TEXT NOT NULL DEFAULT '',
+    source TEXT NOT NULL DEFAULT '', held TEXT NOT NULL DEFAULT '', merged TEXT NOT NULL DEFAULT '',
+    digest TEXT NOT NULL DEFAULT '', files TEXT NOT NULL DEFAULT '{}', payload TEXT NOT NULL DEFAULT '{}',
+    not_before REAL NOT NULL DEFAULT 0, created REAL NOT NULL, changed REAL NOT NULL, began REAL NOT NULL DEFAULT 0,
+    owner TEXT NOT NULL DEFAULT '', expires REAL NOT NULL DEFAULT 0,
+    UNIQUE (run, step, kind, fingerprint)
+);
+CREATE INDEX jobs_by_state ON jobs (state, id);
+CREATE INDEX jobs_by_fingerprint ON jobs (fingerprint);
+CREATE TABLE attempts (
+    job INTEGER NOT NULL REFERENCES jobs (id), number INTEGER NOT NULL, output TEXT NOT NULL,
+    job_id TEXT NOT NULL DEFAULT '', state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
+    began REAL NOT NULL, ended REAL NOT NULL DEFAULT 0,
+    PRIMARY KEY (job, number)
+);
+CREATE TABLE results (
+    run TEXT NOT NULL, step INTEGER NOT NULL, kind TEXT NOT NULL,
+    task TEXT NOT NULL, metric TEXT NOT NULL, filter TEXT NOT NULL,
+    value REAL, fingerprint TEXT NOT NULL, job INTEGER NOT NULL, time REAL NOT NULL, logged INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (run, step, kind, task, metric, filter)
+);
+CREATE INDEX results_not_logged ON results (logged) WHERE logged = 0;
+CREATE TABLE cursors (
+    name TEXT PRIMARY KEY, offset INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT '',
+    owner TEXT NOT NULL DEFAULT '', expires REAL NOT NULL DEFAULT 0
+);
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+_JOB = ", ".join(f.name for f in fields(Job))
+_ATTEMPT = ", ".join(f.name for f in fields(Attempt))
+_RESULT = ", ".join(f.name for f in fields(Result))
+_CHANGEABLE = {f.name for f in fields(Job)} - {"id", "run", "step", "kind", "created", "changed", "owner", "expires"}
+
+
+class Store:
+    """The file, open. It may be used from any thread; each gets its own connection."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise _explained(error, path) from error
+
+    def close(self) -> None:
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+        self._local = threading.local()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -------------------------------------------------------------------------------------------------------- jobs
+
+    def add(self, new: New) -> tuple[Job, bool]:
+        """The job of a key, and whether it was made now; one that is there stays as it is."""
+        key, now = new.key, time.time()
+        row = (key.run, key.step, key.kind, key.fingerprint, new.state, new.reason, new.source,
+               json.dumps(dict(new.files)), json.dumps(dict(new.payload)), now, now)  # fmt: skip
+        with self.transaction() as connection:
+            made = connection.execute(
+                "INSERT OR IGNORE INTO jobs (run, step, kind, fingerprint, state, reason, source, files, payload,"
+                " created, changed) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                row,
+            ).rowcount
+            job = self.find(key)
+        assert job is not None
+        return job, bool(made)
+
+    def find(self, key: Key) -> Job | None:
+        """The job of a key."""
+        found = self._jobs(
+            "run = ? AND step = ? AND kind = ? AND fingerprint = ?", key.run, key.step, key.kind, key.fingerprint
+        )
+        return found[0] if found else None
+
+    def job(self, id: int) -> Job | None:
+        """The job with this number."""
+        found = self._jobs("id = ?", id)
+        return found[0] if found else None
+
+    def by_fingerprint(self, fingerprint: str) -> Job | None:
+        """The job of the server with this id."""
+        found = self._jobs("fingerprint = ?", fingerprint)
+        return found[0] if found else None
+
+    def jobs(
+        self, states: Iterable[State] | None = None, *, run: str | None = None, step: int | None = None
+    ) -> list[Job]:
+        """All jobs, or those in some states, of a run, of a step; oldest first."""
+        where, values = ["1"], list[Any]()
+        if states is not None:
+            chosen = sorted(states)
+            where.append(f"state IN ({', '.join('?' * len(chosen))})")
+            values += chosen
+        for column, value in (("run", run), ("step", step)):
+            if value is not None:
+                where.append(f"{column} = ?")
+                values.append(value)
+        return self._jobs(" AND ".join(where), *values)
+
+    def count(self, states: Iterable[State]) -> int:
+        """How many jobs are in some states."""
+        chosen = sorted(states)
+        marks = ", ".join("?" * len(chosen))
+        return int(self._all(f"SELECT count(*) FROM jobs WHERE state IN ({marks})", *chosen)[0][0])
+
+    def version(self) -> int:
+        """A number that is another one after any other connection has changed anything."""
+        return int(self._all("PRAGMA data_version")[0][0])
+
+    def _jobs(self, where: str, *values: Any) -> list[Job]:
+        return [_job(row) for row in self._all(f"SELECT {_JOB} FROM jobs WHERE {where} ORDER BY id", *values)]
+
+    # ------------------------------------------------------------------------------------------------------ leases
+
+    def claim(
+        self, states: Iterable[State], owner: str, *, limit: int = 1, run: str | None = None, lease_s: float = LEASE_S
+    ) -> list[Job]:
+        """Jobs in some states that nobody holds, the oldest first, held by `owner` from now on.
+
+        A lease that expired, and one whose owner is a process of this machine that ended, count for nothing.
+        """
+        chosen, now = sorted(states), time.time()
+        marks = ", ".join("?" * len(chosen))
+        of_run = "" if run is None else "AND run = ?"
+        values = [*chosen, now, *([] if run is None else [run])]
+        with self.transaction() as connection:
+            free, alive = list[int](), dict[str, bool]()
+            for id, holder, expires in connection.execute(
+                f"SELECT id, owner, expires FROM jobs WHERE state IN ({marks}) AND not_before <= ? {of_run}"
+                " ORDER BY id",
+                values,
+            ):
+                if len(free) == limit:
+                    break
+                if holder == owner:
+                    continue
+                if holder and expires > now and not alive.setdefault(holder, is_dead(holder)):
+                    continue
+                free.append(id)
+            connection.executemany(
+                "UPDATE jobs SET owner = ?, expires = ? WHERE id = ?", [(owner, now + lease_s, id) for id in free]
+            )
+            return [job for id in free if (job := self.job(id)) is not None]
+
+    def held_by(self, owner: str) -> list[Job]:
+        """The jobs that an owner holds, oldest first."""
+        return self._jobs("owner = ?", owner)
+
+    def renew(self, owner: str, lease_s: float = LEASE_S) -> None:
+        """Prolong everything that an owner holds."""
+        with self.transaction() as connection:
+            for table in ("jobs", "cursors"):
+                connection.execute(f"UPDATE {table} SET expires = ? WHERE owner = ?", (time.time() + lease_s, owner))
+
+    def release(self, owner: str) -> None:
+        """Let go of everything that an owner holds."""
+        with self.transaction() as connection:
+            for table in ("jobs", "cursors"):
+                connection.execute(f"UPDATE {table} SET owner = '', expires = 0 WHERE owner = ?", (owner,))
+
+    def change(self, job: Job, owner: str | None = None, **columns: Any) -> Job:
+        """The job with other values, the lease given up when the state is final.
+
+        With an owner, raises LeaseLost unless the owner holds it.
+        """
+        with self.transaction():
+            return self._change(job, owner, columns)
+
+    def _change(self, job: Job, owner: str | None, columns: dict[str, Any]) -> Job:
+        """The same, inside a transaction."""
+        unknown = set(columns) - _CHANGEABLE
+        if unknown:
+            raise ValueError(f"no columns of a job: {unknown}")
+        for name in ("files", "payload"):
+            if name in columns:
+                columns[name] = json.dumps(dict(columns[name]))
+        columns["changed"] = time.time()
+        if columns.get("state") in FINAL:
+            columns |= {"owner": "", "expires": 0.0}
+        assignments = ", ".join(f"{name} = ?" for name in columns)
+        held = "" if owner is None else " AND owner = ?"
+        values = (*columns.values(), job.id, *(() if owner is None else (owner,)))
+        if self._connection().execute(f"UPDATE jobs SET {assignments} WHERE id = ?{held}", values).rowcount != 1:
+            raise LeaseLost(f"step {job.step}: another process holds it")
+        changed = self.job(job.id)
+        assert changed is not None
+        return changed
+
+    def drop(self, job: Job, owner: str | None = None) -> None:
+        """Forget a job that came to nothing."""
+        with self.transaction() as connection:
+            self._change(job, owner, {"reason": job.reason})
+            connection.execute("DELETE FROM attempts WHERE job = ?", (job.id,))
+            connection.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+
+    # ---------------------------------------------------------------------------------------------------- attempts
+
+    def begin_attempt(self, job: Job, output: Path, owner: str | None = None) -> Job:
+        """The job with one more attempt, about to be sent: this is known before anything is sent."""
+        number, now = job.attempts + 1, time.time()
+        with self.transaction() as connection:
+            columns = {"attempts": number, "output": str(output), "job_id": "", "began": now, "reason": ""}
+            changed = self._change(job, owner, {"state": State.SUBMITTING, **columns})
+            connection.execute(
+                "INSERT INTO attempts (job, number, output, state, began) VALUES (?, ?, ?, ?, ?)",
+                (job.id, number, str(output), State.SUBMITTING, now),
+            )
+        return changed
+
+    def sent(self, job: Job, job_id: str, owner: str | None = None) -> Job:
+        """The job with the id that the backend gave it."""
+        with self.transaction() as connection:
+            changed = self._change(job, owner, {"state": State.RUNNING, "job_id": job_id, "reason": ""})
+            connection.execute(
+                "UPDATE attempts SET job_id = ?, state = ? WHERE job = ? AND number = ?",
+                (job_id, State.RUNNING, job.id, job.attempts),
+            )
+        return changed
+
+    def end_attempt(self, job: Job, ended: str, reason: str, owner: str | None = None, **columns: Any) -> Job:
+        """The job with its last attempt ended like this, and with other values."""
+        with self.transaction() as connection:
+            changed = self._change(job, owner, {"reason": reason, **columns})
+            connection.execute(
+                "UPDATE attempts SET state = ?, reason = ?, ended = ? WHERE job = ? AND number = ? AND ended = 0",
+                (ended, reason, time.time(), job.id, job.attempts),
+            )
+        return changed
+
+    def attempts(self, job: Job) -> list[Attempt]:
+        """All attempts of a job, the first first."""
+        rows = self._all(f"SELECT {_ATTEMPT} FROM attempts WHERE job = ? ORDER BY number", job.id)
+        return [Attempt(*row) for row in rows]
+
+    # ----------------------------------------------------------------------------------------------------- results
+
+    def measured(self, job: Job, metrics: Sequence[Metric], owner: str | None = None) -> Job:
+        """The job with its results, those that the step has already left as they are."""
+        now = time.time()
+        rows = [
+            (job.run, job.step, job.kind, m.task, m.metric, m.filter, m.value, job.fingerprint, job.id, now)
+            for m in metrics
+        ]
+        with self.transaction() as connection:
+            changed = self.end_attempt(job, State.DONE, "", owner, state=State.MEASURED)
+            connection.executemany(
+                "INSERT OR IGNORE INTO results (run, step, kind, task, metric, filter, value, fingerprint, job, time)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                rows,
+            )
+        return changed
+
+    def restore(self, results: Iterable[Result]) -> int:
+        """Take over results that are logged and not here, as after the loss of this file; gives their number."""
+        count = 0
+        with self.transaction() as connection:
+            for r in results:
+                row = (*r.key, r.value, r.fingerprint, r.job, r.time, 1)
+                count += connection.execute(
+                    f"INSERT OR IGNORE INTO results ({_RESULT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row
+                ).rowcount
+        return count
+
+    def results(self, *, run: str | None = None, step: int | None = None) -> list[Result]:
+        """All results, or those of a run, of a step; by step and name."""
+        where, values = ["1"], list[Any]()
+        for column, value in (("run", run), ("step", step)):
+            if value is not None:
+                where.append(f"{column} = ?")
+                values.append(value)
+        return self._results(" AND ".join(where), *values)
+
+    def unlogged(self) -> list[Result]:
+        """Results that may not be in evals.jsonl yet."""
+        return self._results("logged = 0")
+
+    def mark_logged(self, results: Iterable[Result]) -> None:
+        """These are in evals.jsonl."""
+        with self.transaction() as connection:
+            connection.executemany(
+                "UPDATE results SET logged = 1 WHERE run = ? AND step = ? AND kind = ? AND task = ? AND metric = ?"
+                " AND filter = ?",
+                [r.key for r in results],
+            )
+
+    def _results(self, where: str, *values: Any) -> list[Result]:
+        rows = self._all(
+            f"SELECT {_RESULT} FROM results WHERE {where} ORDER BY step, kind, task, metric, filter", *values
+        )
+        return [_result(row) for row in rows]
+
+    # ------------------------------------------------------------------------------------------------ cursors, meta
+
+    def claim_cursor(self, name: str, owner: str, lease_s: float = LEASE_S) -> int | None:
+        """How far a logger has read, held by `owner` from now on; None while somebody else holds it."""
+        now = time.time()
+        with self.transaction() as connection:
+            connection.execute("INSERT OR IGNORE INTO cursors (name) VALUES (?)", (name,))
+            offset, holder, expires = connection.execute(
+                "SELECT offset, owner, expires FROM cursors WHERE name = ?", (name,)
+            ).fetchone()
+            if holder not in ("", owner) and expires > now and not is_dead(holder):
+                return None
+            connection.execute("UPDATE cursors SET owner = ?, expires = ? WHERE name = ?", (owner, now + lease_s, name))
+            return int(offset)
+
+    def move_cursor(self, name: str, owner: str, offset: int) -> None:
+        """A logger has read this far. Raises LeaseLost unless the owner holds it."""
+        with self.transaction() as connection:
+            moved = connection.execute(
+                "UPDATE cursors SET offset = ?, reason = '' WHERE name = ? AND owner = ?", (offset, name, owner)
+            ).rowcount
+            if not moved:
+                raise LeaseLost(f"logger {name}: another process holds it")
+
+    def meta(self, key: str, default: str = "") -> str:
+        """A fact about the file; the default is written where there is none, so all get the same."""
+        found = self._all("SELECT value FROM meta WHERE key = ?", key)
+        if not found:
+            with self.transaction() as connection:
+                connection.execute("INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (key, default))
+            found = self._all("SELECT value FROM meta WHERE key = ?", key)
+        return str(found[0][0])
+
+    # ----------------------------------------------------------------------------------------------------- the file
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of what is done inside, or nothing; one at a time. Inside another it is a part of that."""
+        connection = self._connection()
+        if connection.in_transaction:
+            yield connection
+            return
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise _explained(error, self.path) from error
+
+    def _all(self, statement: str, *values: Any) -> list[Any]:
+        try:
+            return self._connection().execute(statement, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise _explained(error, self.path) from error
+
+    def _connection(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(
+                self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256
+            )
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            self._local.connection = connection
+            with self._lock:
+                self._connections.append(connection)
+        return connection
+
+    def _prepare(self) -> None:
+        """The tables, made if the file is new."""
+        connection = self._connection()
+        _set_journal(connection, "DELETE" if is_shared(self.path) else "WAL")
+        with self.transaction():
+            application = int(connection.execute("PRAGMA application_id").fetchone()[0])
+            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+            if (application, version) == (0, 0) and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                for statement in _TABLES.split(";\n"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+                connection.execute(f"PRAGMA user_version = {_SCHEMA}")
+            elif application != _APPLICATION:
+                raise InputError(f"{self.path} is a database of something else", hint="name another directory")
+            elif version != _SCHEMA:
+                raise Unsupported(
+                    f"{self.path} has the schema {version}, this reshard knows {_SCHEMA}",
+                    hint="use the reshard that wrote it, or move it away: results come back from evals.jsonl",
+                )
+
+
+def _set_journal(connection: sqlite3.Connection, mode: str) -> None:
+    """SQLite does not wait when somebody else is about to do the same."""
+    until = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            connection.execute(f"PRAGMA journal_mode = {mode}")
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _job(row: Sequence[Any]) -> Job:
+    values = dict(zip((f.name for f in fields(Job)), row, strict=True))
+    return Job(
+        **values | {
+            "state": State(values["state"]),
+            "files": json.loads(values["files"]),
+            "payload": json.loads(values["payload"]),
+        }
+    )  # fmt: skip
+
+
+def _result(row: Sequence[Any]) -> Result:
+    values = dict(zip((f.name for f in fields(Result)), row, strict=True))
+    value = math.nan if values["value"] is None else values["value"]
+    return Result(**values | {"value": value, "logged": bool(values["logged"])})
+
+
+def is_shared(path: Path) -> bool:
+    """Whether a path is on a network file system, as far as the mounts tell."""
+    real = os.path.realpath(path)
+    longest, type = "", ""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in mounts:
+        _, at, kind, *_ = (*line.split(" "), "", "", "")
+        at = at.replace("\\040", " ").rstrip("/")
+        if (real == at or real.startswith(at + "/")) and len(at) >= len(longest):
+            longest, type = at, kind
+    return type in _NETWORK or type.startswith("fuse.")
+
+
+def _explained(error: sqlite3.DatabaseError, path: Path) -> ReshardError:
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
+        return Corrupt(f"{path}: {error}", hint="move it away: results come back from evals.jsonl")
+    if name.startswith("SQLITE_FULL"):
+        return StoreBusy(f"{path}: the disk is full")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR")):
+        return StoreBusy(f"{path}: {error}")
+    return ReshardError(f"{path}: {error}")
+
+
+class StoreBusy(ReshardError):
+    """The file cannot be written right now: the disk is full, or others hold it. Nothing was changed."""
+
+
+__all__ = [
+    "FINAL", "OPEN", "Attempt", "Job", "Key", "LeaseLost", "New", "Result", "State", "Store", "StoreBusy", "is_shared",
+]  # fmt: skip
