@@ -17,11 +17,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Filled, Tensor
-from reshard.dialects.megatron_config import check_config, recognise, to_config, to_megatron
+from reshard.dialects.megatron_config import check_config, to_config, to_megatron
+from reshard.dialects.recognise import recognise
 from reshard.dialects.run_config import args, run_config
 from reshard.dialects.setting import flat
 from reshard.dialects.table import Family
-from reshard.errors import Incomplete, Mismatch, Unsupported
+from reshard.errors import Incomplete, InputError, Mismatch, Unsupported
 from reshard.families import families
 from reshard.formats import megatron_settings
 
@@ -545,10 +546,27 @@ def test_a_missing_tensor_is_not_taken_for_another_family() -> None:
         recognise(stated("bridge_qwen3"), families(), tensors)
 
 
-@pytest.mark.parametrize("name, value", [("num_layers", 10**12), ("num_moe_experts", 10**12), ("num_layers", "4")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_layers", 10**12), ("num_layers", "4"), ("num_moe_experts", 10**12), ("mtp_num_layers", 10**12),
+        ("vision_config", {"depth": 10**12}), ("hybrid_layer_pattern", "M" * 10**6),
+    ],
+)  # fmt: skip
 def test_counts_without_measure_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(Mismatch, match=name):
+    with pytest.raises(Mismatch, match="the settings say"):
         recognise(stated("bridge_qwen3_moe") | {name: value}, families(), tensors_of("bridge_qwen3_moe"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bridge_llama", "bridge_deepseek_v3", "bridge_qwen3_5_vl", "bridge_nemotron_h"])
+@pytest.mark.parametrize("value", ["x", -1, 0, [1], {"a": 1}, True, 1e300])
+def test_settings_of_any_kind_end_in_an_error_or_a_config(name: str, value: Any) -> None:
+    for setting in settings_of(config_of(name)):
+        try:
+            recognise(stated(name) | {setting: value}, families(), tensors_of(name))
+        except InputError:
+            continue
 
 
 # ------------------------------------------------------------------------------------------------------------ check

@@ -196,12 +196,12 @@ def _understood(
     opened: MegatronCheckpoint, tensors: Mapping[str, Tensor], reference: Reference | None
 ) -> tuple[Family, Mapping[str, Any], tuple[str, ...]]:
     """Family and config: the reference's, held against the checkpoint's settings; else made from these."""
-    from reshard.dialects import megatron_config
+    from reshard.dialects import megatron_config, recognise
     from reshard.families import families
 
     where, settings = opened.located.weights, opened.settings
     if reference is None:
-        found = megatron_config.recognise(
+        found = recognise.recognise(
             settings.values, families(), tensors, vocab_size=settings.vocab_size, hf_model_id=settings.hf_model_id
         )
         return found.family, found.config, found.notices

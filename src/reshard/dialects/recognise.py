@@ -1,0 +1,247 @@
+"""What a Megatron checkpoint is: the family and a config.json, of its settings and tensors alone.
+
+By table: for each family a config is made of the settings. The family fits when its rows have the checkpoint's names
+and when its config says, in Megatron's settings again, what the checkpoint said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from reshard.core.tensor import Tensor
+from reshard.dialects.apply import present
+from reshard.dialects.megatron_config import DEFAULTS, GPT, MALFORMED, NULL_MEANS_NONE, same, to_config, to_megatron
+from reshard.dialects.setting import Values
+from reshard.dialects.table import Family, entries, variants
+from reshard.errors import Incomplete, InputError, Mismatch, listed
+
+
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """What a checkpoint is, as its settings and tensors tell."""
+
+    family: Family
+    config: dict[str, Any]
+    """Made of the settings."""
+    notices: tuple[str, ...]
+
+
+_IDENTITY = (
+    "normalization", "layernorm_zero_centered_gamma", "activation_func", "gated_linear_unit", "glu_linear_offset",
+    "activation_func_clamp_value", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "attention_output_gate",
+    "softmax_type", "softmax_scale", "multi_latent_attention", "position_embedding_type", "rotary_interleaved",
+    "rotary_percent", "rope_scaling", "window_size", "window_attn_skip_freq", "query_pre_attn_scalar",
+    "attn_logit_softcapping", "final_logit_softcapping", "num_moe_experts", "moe_shared_expert_gate",
+    "moe_shared_expert_intermediate_size", "moe_router_score_function", "moe_router_pre_softmax",
+    "moe_router_enable_expert_bias", "num_query_groups",
+)  # fmt: skip
+"""Settings that a config of the right family says alike."""
+
+_NEEDED = ("num_attention_heads", "rotary_base", "layernorm_epsilon")
+"""What no tensor tells."""
+
+
+def recognise(
+    settings: Values,
+    candidates: Sequence[Family],
+    tensors: Mapping[str, Tensor],
+    *,
+    vocab_size: int | None = None,
+    hf_model_id: str | None = None,
+) -> Recognised:
+    """The family of a checkpoint and a config.json made of its settings, with Megatron's names for the tensors.
+
+    A family fits when its table has these names, and when the config made for it says what the settings say. Of
+    several that fit the one that the settings name is taken, else the first. Raises Incomplete for settings that lack
+    what no tensor tells, Mismatch when no family fits.
+    """
+    stated, notices = _completed(settings, tensors, vocab_size)
+    # the first of a layer's experts stands for all, of which there may be tens of thousands
+    names = {name: tensor for name, tensor in tensors.items() if not _OTHER_EXPERT.search(name)}
+    fits: list[tuple[Family, dict[str, Any]]] = []
+    against: dict[str, str] = {}
+    for family in candidates:
+        try:
+            config = to_config(stated, family)
+            _check_fit(config, family, stated, names)
+        except InputError as error:
+            against[family.name] = str(error)
+        else:
+            fits.append((family, config))
+    if not fits:
+        raise _unknown(against, tensors)
+    best = max(fits, key=lambda fit: _hints(fit[0], fit[1], stated, hf_model_id))
+    most = _hints(best[0], best[1], stated, hf_model_id)
+    likely = [family.name for family, config in fits if _hints(family, config, stated, hf_model_id) == most]
+    others = [name for name in likely if name != best[0].name]
+    if others:
+        notices.append(f"taken for a {best[0].name} model; its tensors and settings fit {listed(others)} too")
+    return Recognised(*best, tuple(notices))
+
+
+def _completed(
+    settings: Values, tensors: Mapping[str, Tensor], vocab_size: int | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings with what the tensors tell; what that leaves in doubt, in sentences."""
+    stated = {name: value for name, value in settings.items() if value is not None or name in NULL_MEANS_NONE}
+    optional = {"rotary_base"} if stated.get("position_embedding_type") == "none" else set()
+    lacking = [name for name in _NEEDED if name not in stated and name not in optional]
+    if lacking:
+        raise Incomplete(
+            f"the checkpoint's settings do not say {listed(lacking)}, and no tensor does",
+            hint="--hf-model REF names the HuggingFace model that was trained: its config.json says them",
+        )
+    if str(stated.get("model_class")).startswith("nemo."):
+        stated |= _of_nemo(stated)
+    notices: list[str] = []
+    embedding = next((t for n, t in tensors.items() if n.endswith("embedding.word_embeddings.weight")), None)
+    if embedding is not None and len(embedding.shape) == 2:
+        stated.setdefault("hidden_size", embedding.shape[1])
+        rows = embedding.shape[0]
+        named = vocab_size or stated.get("vocab_size")
+        if type(named) is not int or not 0 < named <= rows:
+            named = rows
+            notices.append(
+                f"the checkpoint does not say how many tokens there are: all {rows} rows of the embedding are taken, "
+                "which may be padded"
+            )
+        stated["vocab_size"] = named
+    if not stated.get("num_layers"):
+        stated["num_layers"] = 1 + max(_numbers(tensors, "decoder.layers."), default=-1)
+    _check_counts(stated, len(tensors))
+    has_head = any(name.endswith("output_layer.weight") for name in tensors)
+    stated.setdefault("share_embeddings_and_output_weights", not has_head)
+    _complete_mlp(stated, tensors)
+    if not any("mtp.layers." in name for name in tensors):
+        stated["mtp_num_layers"] = 0
+    return stated, notices
+
+
+def _check_counts(stated: Values, num_tensors: int) -> None:
+    """Raise Mismatch for counts beyond measure: tables are made of them, and of each there is a tensor at least."""
+    vision = stated.get("vision_config")
+    inner = vision.get("config_dict", vision) if isinstance(vision, Mapping) else None
+    tower: Values = inner if isinstance(inner, Mapping) else {}
+    counts = {name: stated.get(name) or 0 for name in ("num_layers", "num_moe_experts", "mtp_num_layers")}
+    counts |= {name: tower.get(name) or 0 for name in ("depth", "num_hidden_layers")}
+    counts["hybrid_layer_pattern"] = len(str(stated.get("hybrid_layer_pattern") or "").replace("|", ""))
+    for name, count in counts.items():
+        if type(count) is not int or count > num_tensors:
+            raise Mismatch(f"the settings say {name} {count!r:.100}, and there are {num_tensors} tensors")
+
+
+def _of_nemo(stated: Values) -> Values:
+    """What NeMo 2 puts otherwise: a window counts its own token, and Llama 3.1 is scaled by settings of other names."""
+    found: dict[str, Any] = {}
+    window = stated.get("window_size")
+    if isinstance(window, list) and len(window) == 2 and type(window[0]) is int and window[0] > 0:
+        found["window_size"] = [window[0] - 1, window[1]]
+    if "old_context_len" in stated and "scale_factor" in stated:
+        found |= {"rope_scaling": True, "rope_scaling_factor": stated["scale_factor"]}
+    return found
+
+
+def _complete_mlp(stated: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """The sizes of the MLPs, of the experts and how many there are of these, where the settings do not say."""
+    experts = 1 + max(_numbers(tensors, ".experts.linear_fc2.weight"), default=-1)
+    if experts and stated.setdefault("num_moe_experts", experts) != experts:
+        raise Mismatch(f"the settings say num_moe_experts {stated['num_moe_experts']!r}, the tensors are of {experts}")
+    for name, ending in (("ffn_hidden_size", ".mlp.linear_fc2.weight"), ("moe_ffn_hidden_size", "fc2.weight0")):
+        found = next((t for n, t in tensors.items() if n.endswith(ending) and ".layers." in n), None)
+        if found is not None and len(found.shape) == 2 and not stated.get(name):
+            stated[name] = found.shape[1]
+    if stated.get("num_moe_experts") and stated.get("ffn_hidden_size"):
+        stated.setdefault("moe_ffn_hidden_size", stated["ffn_hidden_size"])
+
+
+def _numbers(names: Iterable[str], after: str) -> Iterator[int]:
+    """The numbers that stand behind some words of the names."""
+    for name in names:
+        _, found, rest = name.partition(after)
+        number = rest.partition(".")[0]
+        if found and number.isdecimal():
+            yield int(number)
+
+
+_OTHER_EXPERT = re.compile(r"\.experts\.linear_fc[12]\.(?:weight|bias)[1-9]\d*$")
+
+
+def _check_fit(config: Values, family: Family, stated: Values, tensors: Mapping[str, Tensor]) -> None:
+    """Raise Mismatch where a config that was made for a family says else than the checkpoint, or lacks its names."""
+    try:
+        facts = family.facts(config)
+    except MALFORMED as error:
+        raise Mismatch(f"the settings make no {family.name} model: {error!r:.100}") from error
+    ours, _ = to_megatron(config, family, facts)
+    unlike = [
+        f"{name} {_canonical(name, stated)!r}, not {_canonical(name, ours)!r}"
+        for name in _IDENTITY
+        if not same(_canonical(name, ours), _canonical(name, stated))
+    ]
+    if unlike:
+        raise Mismatch(f"the checkpoint says {listed(unlike, 3)}")
+    if facts.counts.get("expert"):
+        facts = replace(facts, counts={**facts.counts, "expert": 1})
+    facts, _ = present(tensors, family, facts, on_hub=False)
+    table, others = {entry.name: entry for entry in entries(family, facts)}, variants(family, facts)
+    unknown = [name for name in tensors if name not in table and name not in others]
+    if unknown:
+        raise Mismatch(f"{len(unknown)} tensors are not its: {listed(unknown, 3)}")
+    have = {hub for name in tensors for hub in (table.get(name) or others[name]).hub}
+    missing = [name for name, entry in table.items() if not set(entry.hub) <= have]
+    if missing:
+        raise Mismatch(f"{len(missing)} of its tensors are missing: {listed(missing, 3)}")
+
+
+def _canonical(name: str, settings: Values) -> Any:
+    """A setting, so that settings that compute the same are equal."""
+    if name.startswith("moe_router_") and not settings.get("num_moe_experts"):
+        return None
+    if name == "moe_router_pre_softmax" and settings.get("moe_router_score_function") == "sigmoid":
+        return None
+    if name.startswith(("rotary_", "rope_")) and settings.get("position_embedding_type") == "none":
+        return None
+    value = settings.get(name)
+    value = DEFAULTS.get(name) if value is None else value
+    match name, value:
+        case "num_query_groups", None:
+            return settings.get("num_attention_heads")
+        case "activation_func", "openai_gelu" | "gelu_pytorch_tanh" | "gelu_tanh":
+            return "fast_gelu"
+        case "moe_shared_expert_intermediate_size", 0:
+            return None
+        case "add_qkv_bias", _:
+            return bool(value or settings.get("add_bias_linear", True))
+        case "window_size", [-1, -1] | (-1, -1):
+            return None
+        case _, tuple():
+            return list(value)
+    return value
+
+
+def _hints(family: Family, config: Values, stated: Values, hf_model_id: str | None) -> tuple[bool, ...]:
+    """How much speaks for a family, beside the names and values that fit: what made the checkpoint, and proof."""
+    ours, _ = to_megatron(config, family, family.facts(config))
+    source = str(hf_model_id or stated.get("hf_model_id") or stated.get("model_class") or "")
+    named = source.rpartition("/")[2].lower().replace("-", "_")
+    built = ours.get("_target_") == stated.get("_target_")
+    return (
+        built and ours.get("_target_") != GPT,
+        ours.get("transformer_layer_spec") == stated.get("transformer_layer_spec"),
+        any(kind.removesuffix("_text") in named for kind in (family.name, *family.model_types)),
+        "bit for bit" in family.verified,
+        built,
+    )
+
+
+def _unknown(against: Mapping[str, str], tensors: Mapping[str, Tensor]) -> InputError:
+    """What to say when no family fits: the reasons of those that came nearest."""
+    near = [f"{name}: {why}" for name, why in against.items() if "missing" in why or "not its" in why]
+    near += [f"{name}: {why}" for name, why in against.items() if why.startswith("the checkpoint says")]
+    return Mismatch(
+        f"no known family has the checkpoint's {len(tensors)} tensors and its settings:\n  " + "\n  ".join(near[:4]),
+        hint="--hf-model REF names the HuggingFace model that was trained; `reshard families` lists what is known",
+    )
