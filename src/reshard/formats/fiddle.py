@@ -75,7 +75,7 @@ Value: TypeAlias = Any
 
 _CONFIG = Symbol("fiddle._src.config", "Config")
 _METADATA = Symbol("fiddle._src.config", "BuildableTraverserMetadata")
-_BUILTIN = {kind: Symbol("builtins", kind.__name__) for kind in (tuple, list, dict)}
+_BUILTIN: Mapping[type, Symbol] = {kind: Symbol("builtins", kind.__name__) for kind in (tuple, list, dict)}
 
 
 def dumps(root: Call) -> str:

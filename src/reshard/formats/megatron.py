@@ -29,7 +29,7 @@ from typing import Any
 from reshard.core.checkpoint import Checkpoint
 from reshard.core.tensor import Tensor
 from reshard.errors import NotFound, Unsupported, listed
-from reshard.formats import dcp, megatron_legacy, megatron_settings, torch_save, zarr
+from reshard.formats import dcp, megatron_legacy, megatron_settings, nemo2_context, torch_save, zarr
 from reshard.formats.megatron_directory import FSDP_DTENSOR, TORCH_DIST, ZARR, Located, locate
 from reshard.formats.megatron_settings import Settings
 from reshard.storage.unpickle import Inert, Rebuilt, TensorRef
@@ -236,10 +236,9 @@ def _common_of_objects(objects: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(located: Located, common: Mapping[str, Any]) -> Settings:
     """From the file that says most, or from the arguments in the checkpoint."""
-    model_yaml = located.context / "model.yaml" if located.context else None
+    context = located.context if located.context and nemo2_context.describes(located.context) else None
     stated = megatron_settings.first_stated(
-        (located.run_config, megatron_settings.of_run_config),
-        (model_yaml if model_yaml and model_yaml.is_file() else None, megatron_settings.of_model_yaml),
+        (located.run_config, megatron_settings.of_run_config), (context, nemo2_context.settings_of)
     )
     if stated is not None:
         return stated

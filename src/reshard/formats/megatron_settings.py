@@ -70,6 +70,8 @@ class Settings:
     """The HuggingFace model that it was made from."""
     vocab_size: int | None = None
     """Of the tokenizer, where that is stated for certain: tensors may have more rows than this."""
+    notices: tuple[str, ...] = ()
+    """What the reader saw that the user should know."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", MappingProxyType(dict(self.values)))
@@ -95,7 +97,7 @@ def of_run_config(path: Path) -> Settings:
     vocab_size = stated if type(stated) is int else None
     if vocab_size is None and model.get("should_pad_vocab") is False and type(model.get("vocab_size")) is int:
         vocab_size = model["vocab_size"]
-    return _settings(model, path.name, vocab_size)
+    return settings(model, path.name, vocab_size)
 
 
 def of_model_yaml(path: Path) -> Settings:
@@ -104,7 +106,7 @@ def of_model_yaml(path: Path) -> Settings:
     values = dict(_mapping(document, "config", path))
     if isinstance(document.get("_target_"), str):
         values["model_class"] = document["_target_"]
-    return _settings(values, path.name, None)
+    return settings(values, path.name, None)
 
 
 def of_transformer_config(path: Path) -> Settings:
@@ -115,10 +117,11 @@ def of_transformer_config(path: Path) -> Settings:
         raise Corrupt(f"{path} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise Corrupt(f"{path} holds a {type(document).__name__}, an object was expected")
-    return _settings(plain(document), path.name, None)
+    return settings(plain(document), path.name, None)
 
 
-def _settings(values: Mapping[str, Any], source: str, vocab_size: int | None) -> Settings:
+def settings(values: Mapping[str, Any], source: str, vocab_size: int | None) -> Settings:
+    """Settings, with what they say of the mesh and of the model on the hub."""
     model_id = values.get("hf_model_id")
     return Settings(values, source, _layout(values), model_id if isinstance(model_id, str) else None, vocab_size)
 
