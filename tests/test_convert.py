@@ -352,3 +352,16 @@ def test_a_config_alone_says_how_experts_are_packed_on_the_hub(models: Callable[
     assert written["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (3, 16, 24)
     trained, loaded = (tiny_models.load(tiny_models.make("qwen3_vl_moe"), path) for path in (source, tmp_path / "back"))
     assert [n for n, t in trained.state_dict().items() if not same(t, loaded.state_dict()[n])] == []
+
+
+def test_special_tokens_come_from_the_tokenizer_beside_the_checkpoint(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, copy := tmp_path / "copy")
+    (copy / "generation_config.json").unlink(missing_ok=True)
+    (copy / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}')
+    words = {"model": {"vocab": {"a": 0, "<s>": 5}}, "added_tokens": [{"id": 9, "content": "</s>"}]}
+    (copy / "tokenizer.json").write_text(json.dumps(words))
+    assert main(["convert", str(copy), str(tmp_path / "m"), "--to", "torch_dist", "-q"]) == 0
+    assert main(["convert", str(tmp_path / "m"), str(tmp_path / "hf"), "--to", "hf", "-q"]) == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (5, 9)
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (copy / "tokenizer.json").read_bytes()

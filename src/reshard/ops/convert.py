@@ -37,6 +37,7 @@ from reshard.ops.merge import Options as MergeOptions
 from reshard.ops.merge import Prepared, whole_model
 from reshard.ops.reference import Reference
 from reshard.ops.tie import says_tied
+from reshard.ops.tokens import special_tokens
 from reshard.storage import hub, manifest
 from reshard.storage.plan import FilePlan, Plan
 from reshard.version import __version__
@@ -175,12 +176,14 @@ def _of_megatron(source: Path, options: Options) -> Model:
         named = apply.canonical(memory.tensors, family, _padded(facts, options))
         hub_tensors: Mapping[str, Tensor] = {}
     else:
+        config = config if reference else _with_tokens(config, opened)
         named = {}
         hub_tensors = apply.to_hub(memory.tensors, family, facts, strict=options.strict)
         notices += _cut_rows(memory.tensors, facts)
+    checkpoint = replace(opened.checkpoint, assets=_assets(opened, reference))
     return Model(
-        opened.checkpoint, family, facts, config, hub_tensors, named, reference,
-        (*opened.checkpoint.notices, *notices),
+        checkpoint, family, facts, config, hub_tensors, named, reference,
+        (*checkpoint.notices, *notices),
     )  # fmt: skip
 
 
@@ -190,6 +193,20 @@ def _reference(opened: MegatronCheckpoint, options: Options) -> Reference | None
         return references.read(options.hf_model)
     beside = opened.located.huggingface
     return references.read(str(beside)) if beside is not None else None
+
+
+def _assets(opened: MegatronCheckpoint, reference: Reference | None) -> Mapping[str, Tensor]:
+    """Tokenizer and other files: the reference's, else those that the checkpoint brings."""
+    if reference is not None and reference.assets:
+        return reference.assets
+    tokenizer = opened.located.tokenizer
+    return huggingface.companions(tokenizer)[1] if tokenizer is not None else opened.checkpoint.assets
+
+
+def _with_tokens(config: Mapping[str, Any], opened: MegatronCheckpoint) -> Mapping[str, Any]:
+    """A config that was made of settings, with the special tokens of the checkpoint's tokenizer."""
+    tokenizer = opened.located.tokenizer
+    return {**special_tokens(tokenizer), **config} if tokenizer is not None else config
 
 
 def _understood(
@@ -322,9 +339,7 @@ def _to_huggingface(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     if shapes:
         notices += _check_against(reference, tensors, options)
     tensors, said = _in_dtypes(model, tensors, options)
-    assets = dict(reference.assets if reference else model.checkpoint.assets)
-    if not options.save_tokenizer:
-        assets = {}
+    assets = model.checkpoint.assets if options.save_tokenizer else {}
     config, changes = reconcile(model.config, tensors)
     notices += [*said, *(f"config.json: {change}" for change in changes)]
     checkpoint = replace(
