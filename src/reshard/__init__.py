@@ -1,8 +1,9 @@
-"""Shards in, a proven whole model out: merge, average, inspect and verify training checkpoints without torch or a GPU.
+"""Shards in, a proven whole model out: merge, convert, average, inspect and verify checkpoints without torch or a GPU.
 
 with_names = reshard.open("output/checkpoint-500")      # a mapping of FQN to lazy tensor
 with_names["model.norm.weight"][:8].numpy()             # reads only these bytes
 reshard.merge("output/checkpoint-500", "model/", base="meta-llama/Llama-3.1-8B")
+reshard.convert("model/", "megatron/", to="torch_dist")
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from reshard.core.checkpoint import Checkpoint, LazyTensor
     from reshard.ops.average import average
     from reshard.ops.axolotl import merge_fsdp_weights
+    from reshard.ops.convert import convert
     from reshard.ops.inspect import Inspection, inspect
     from reshard.ops.merge import Merged, merge
     from reshard.ops.verify import Verified, verify
@@ -30,6 +32,7 @@ _WHERE = {
     "Merged": "reshard.ops.merge",
     "Verified": "reshard.ops.verify",
     "average": "reshard.ops.average",
+    "convert": "reshard.ops.convert",
     "inspect": "reshard.ops.inspect",
     "merge": "reshard.ops.merge",
     "merge_fsdp_weights": "reshard.ops.axolotl",
@@ -67,6 +70,7 @@ __all__ = [
     "Verified",
     "__version__",
     "average",
+    "convert",
     "errors",
     "inspect",
     "merge",

@@ -33,13 +33,15 @@ from reshard.formats.megatron import MegatronCheckpoint, locate, open_located
 from reshard.ops import reference as references
 from reshard.ops.config import reconcile
 from reshard.ops.family import by_config, choose
+from reshard.ops.merge import Merged, Prepared, carry_out, whole_model
 from reshard.ops.merge import Options as MergeOptions
-from reshard.ops.merge import Prepared, whole_model
 from reshard.ops.reference import Reference
 from reshard.ops.tie import says_tied
 from reshard.ops.tokens import special_tokens
 from reshard.storage import hub, manifest
+from reshard.storage.launch import Spread
 from reshard.storage.plan import FilePlan, Plan
+from reshard.storage.run import Progress
 from reshard.version import __version__
 
 Format = Literal["hf", "torch_dist", "fsdp_dtensor"]
@@ -102,10 +104,41 @@ class Model:
     notices: tuple[str, ...]
 
 
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    force: bool = False,
+    threads: int | None = None,
+    block_nbytes: int | None = None,
+    progress: Progress | None = None,
+    spread: Spread | None = None,
+    **options: Any,
+) -> Merged:
+    """Convert the model at `source` (a path, or a hub id) into `output` and prove it.
+
+    `to` is one of FORMATS; `options` are the other fields of `Options`. Raises InputError before anything is written
+    when the source is incomplete, damaged or another model than its reference, as far as headers tell.
+    """
+    prepared = prepare(source, Path(output), Options(to=format_named(to), **options))
+    return carry_out(
+        prepared, Path(output), force=force, threads=threads, block_nbytes=block_nbytes, progress=progress,
+        spread=spread,
+    )  # fmt: skip
+
+
+def format_named(name: str) -> Format:
+    """The format of this name. Raises Unsupported, listing all."""
+    for known in FORMATS:
+        if name == known:
+            return known
+    raise Unsupported(f"no format {name!r} to convert to", hint=f"one of {listed(FORMATS)}")
+
+
 def prepare(source: Path | str, output: Path, options: Options) -> Prepared:
     """Everything up to the plan, from headers alone. Raises InputError for all that headers can reveal."""
-    if options.to not in FORMATS:
-        raise Unsupported(f"no format {options.to!r} to convert to", hint=f"one of {listed(FORMATS)}")
+    format_named(options.to)
     target_named(options.target)
     _check_mesh(options)
     model = _of_megatron(Path(source), options) if _is_megatron(Path(source)) else _of_huggingface(str(source), options)
