@@ -13,15 +13,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_LOG_TAIL_NBYTES = 4096
+from reshard.evaluate.said import last_lines
+
+_MARK = "RESHARD_OUTPUT"
+"""The variable by which a process that left its group is known."""
+_LAUNCHERS = re.compile(
+    r"(SLURM|PMI|PMIX|OMPI|TORCHELASTIC|ACCELERATE|FSDP)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK"
+    r"|MASTER_(ADDR|PORT)"
+)
+"""Variables of whoever launched us as one of several ranks: a child that sees them waits for ranks that never come."""
 _NOTING = """
 printf "%s" "$$" > "$0/pid.new" && mv "$0/pid.new" "$0/pid"
 "$@"
@@ -43,12 +52,7 @@ class Seen:
 
     def last_words(self) -> str:
         """The end of what it said."""
-        try:
-            with self.log.open("rb") as file:
-                file.seek(max(0, self.log.stat().st_size - _LOG_TAIL_NBYTES))
-                return file.read().decode(errors="replace").strip()
-        except OSError:
-            return ""
+        return last_lines(self.log) or "it said nothing"
 
 
 def start(command: Sequence[str], output: Path, environment: Mapping[str, str] | None = None) -> int:
@@ -57,17 +61,22 @@ def start(command: Sequence[str], output: Path, environment: Mapping[str, str] |
     folder.mkdir(parents=True)
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # which waits for those who look, no longer than they do
         with (folder / "log").open("ab") as log:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", _NOTING, str(folder), *command],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=(lock,),
-                env={**os.environ, **(environment or {})}, cwd=output,
+                env={**_environment(), **(environment or {}), _MARK: str(output)}, cwd=output,
             )  # fmt: skip
     finally:
         os.close(lock)
     _children[process.pid] = process
     return process.pid
+
+
+def _environment() -> dict[str, str]:
+    ours = {name: value for name, value in os.environ.items() if not _LAUNCHERS.fullmatch(name)}
+    return ours | {"PYTHONUNBUFFERED": "1"}
 
 
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -85,7 +94,7 @@ def look(output: Path) -> Seen | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: others may look at the same time
     except BlockingIOError:
         return Seen(True, None, folder / "log")
     finally:
@@ -106,6 +115,18 @@ def kill(output: Path, patience_s: float = 5.0) -> None:
             if time.monotonic() > until + patience_s:
                 return
             time.sleep(0.05)
+    for pid in _strays(output):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _strays(output: Path) -> Iterator[int]:
+    """Processes that left the group, as the workers of launchers do. Only where the system has a /proc."""
+    mark = os.fsencode(f"{_MARK}={output}")
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                yield int(process.name)
 
 
 def _signal(output: Path, number: int) -> None:

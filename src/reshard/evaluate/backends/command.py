@@ -1,92 +1,86 @@
 """Any command that takes a model and leaves a JSON of metrics.
 
-    my-eval --model {model} --step {step} --kind {kind} --out {output}/results.json
+    my-eval --model {model} --step {step} --kind {kind} --out {output}
 
-It runs in the output directory, which is its own. Exit status 0 and `results.json` there are a success, in lm-eval's
+{output} is the file to leave, `results.json`; `{output}/NAME` is another one beside it. The command runs in that
+directory, which is its own; no shell looks at it. Exit status 0 and metrics in the file are a success: in lm-eval's
 form, as {"task": {"metric": 0.5}} or as {"metric": 0.5}.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from string import Formatter
 
-from reshard.errors import InputError, ReshardError, listed
-from reshard.evaluate import process
-from reshard.evaluate.backend import Phase, Refused, Request, Status
+from reshard.errors import Corrupt, InputError, listed
+from reshard.evaluate.backend import Request
+from reshard.evaluate.backends.program import Program, absolute
 from reshard.evaluate.config import EvalConfig
-from reshard.evaluate.metrics import metrics_of, read_document
+from reshard.evaluate.metrics import Metric, metrics_of, read_document
 
 RESULTS = "results.json"
-_PLACES = ("model", "step", "kind", "output")
+_PLACES = ("model", "step", "kind", "tasks", "output")
 
 
-def make(config: EvalConfig) -> Command:
+def make(config: EvalConfig) -> Program:
     """The backend of `backend: command`."""
-    words = shlex.split(config.command) if isinstance(config.command, str) else list(config.command)
-    used = {name for word in words for _, name, _, _ in _parsed(word) if name is not None}
-    unknown = sorted(used - set(_PLACES))
+    return Program(Command(words_of(config.command), config.tasks))
+
+
+def words_of(command: str | Sequence[str]) -> tuple[str, ...]:
+    """The words of a command as it is written. Raises InputError for a place that nobody knows."""
+    try:
+        words = shlex.split(command) if isinstance(command, str) else list(command)
+    except ValueError as error:
+        raise InputError(f"command: {command!r}: {error}") from error
+    if not words:
+        raise InputError("command: it is empty", hint='"my-eval {model} --out {output}"')
+    unknown = sorted({name for word in words for name in _named(word)} - set(_PLACES))
     if unknown:
         raise InputError(
             f"command: {listed('{' + name + '}' for name in unknown)} is not known",
-            hint="{model}, {step}, {kind} and {output} are; a brace itself is {{ or }}",
+            hint=f"{listed('{' + name + '}' for name in _PLACES)} are; a brace itself is {{{{ or }}}}",
         )
-    if "model" not in used:
-        raise InputError("command: it says nowhere where the model goes", hint="put {model} into it")
-    return Command(words)
+    return (absolute(words[0]), *words[1:])
 
 
-def _parsed(word: str) -> list[tuple[str, str | None, str | None, str | None]]:
+def _named(word: str) -> Iterator[str]:
+    """The places in a word. Raises InputError for one that is more than a name."""
     try:
-        return list(Formatter().parse(word))
+        for _, name, form, conversion in Formatter().parse(word):
+            if name is not None:
+                yield name if not form and not conversion else f"{name}:{form}"
     except ValueError as error:
         raise InputError(f"command: {word!r}: {error}", hint="a brace itself is {{ or }}") from error
 
 
 class Command:
-    """A process for each request."""
+    """The harness of a command."""
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], tasks: Sequence[str] = ()) -> None:
         self._words = words
+        self._tasks = tasks
 
-    def check(self, tasks: Sequence[str]) -> Sequence[str]:
+    def unknown(self, tasks: Sequence[str]) -> Sequence[str]:
         return ()
 
-    def submit(self, request: Request) -> str:
-        places = {"model": request.model, "step": request.step, "kind": request.kind, "output": request.output}
-        words = [word.format_map({name: str(value) for name, value in places.items()}) for word in self._words]
-        try:
-            return str(process.start(words, request.output, request.environment))
-        except OSError as error:
-            raise Refused(f"{words[0]}: {error.strerror or error}") from error
+    def command(self, request: Request) -> Sequence[str]:
+        return [self._filled(word, request) for word in self._words]
 
-    def poll(self, request: Request, job_id: str) -> Status:
-        seen = process.look(request.output)
-        if seen is None:
-            return Status(Phase.MISSING, f"nothing was started in {request.output}")
-        if seen.is_running:
-            return Status(Phase.RUNNING, job_id=job_id)
-        if seen.status is None:
-            return Status(Phase.MISSING, "it was killed, or the machine went down")
-        if seen.status != 0:
-            return Status(
-                Phase.FAILED, f"exit status {seen.status}: {seen.last_words()}", permanent=seen.status in (126, 127)
-            )
-        return self._completed(request, seen)
+    def _filled(self, word: str, request: Request) -> str:
+        output = request.output if "{output}/" in word else request.output / RESULTS
+        return word.format_map({
+            "model": str(request.model), "step": str(request.step), "kind": request.kind,
+            "tasks": ",".join(self._tasks), "output": str(output),
+        })  # fmt: skip
 
-    def cancel(self, request: Request, job_id: str) -> None:
-        process.kill(request.output)
-
-    def recover(self, request: Request) -> Status:
-        return self.poll(request, "")
-
-    def _completed(self, request: Request, seen: process.Seen) -> Status:
+    def collect(self, request: Request) -> tuple[tuple[Metric, ...], tuple[Path, ...]]:
         path = request.output / RESULTS
-        try:
-            metrics = metrics_of(read_document(path))
-        except ReshardError as error:
-            return Status(Phase.FAILED, f"exit status 0, and {error}: {seen.last_words()}")
+        if path.is_dir():  # a command that took {output} for a directory
+            path /= RESULTS
+        metrics = metrics_of(read_document(path))
         if not metrics:
-            return Status(Phase.FAILED, f"exit status 0, and {path} has no metric in it")
-        return Status(Phase.COMPLETED, metrics=metrics, files=(path, seen.log))
+            raise Corrupt(f"{path} has no metric in it")
+        return metrics, (path,)
