@@ -197,7 +197,7 @@ def companions(directory: Path) -> tuple[Mapping[str, Any] | None, dict[str, Ten
     names += sorted(_code(directory))
     if (directory / TEMPLATES).is_dir():
         names += [f"{TEMPLATES}/{n}" for n in sorted(os.listdir(directory / TEMPLATES)) if n.endswith(".jinja")]
-    return config, {name: _asset(directory / name) for name in names if _is_file(directory / name)}
+    return config, {name: asset(directory / name) for name in names if _is_file(directory / name)}
 
 
 def read_json(path: Path) -> JsonFile:
@@ -226,7 +226,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _asset(path: Path) -> Tensor:
+def asset(path: Path) -> Tensor:
+    """A file to be carried byte for byte."""
     extent = file_extent(path)
     return Stored(dtype("U8"), (extent.nbytes,), extent)
 

@@ -34,12 +34,13 @@ from reshard.storage.plan import FilePlan, Segment
 CONFIG = "metadata.json"
 COMMON = "common.pt"
 
-_CONFIG_JSON = {
+CONFIG_JSON = {
     "sharded_backend": TORCH_DIST,
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+"""What metadata.json holds."""
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 EXTRA_STATE = "._extra_state/shard_"
 
@@ -69,7 +70,7 @@ def plan(
     entries: dict[str, Tensor | ByteItem] = {**tensors, **dict.fromkeys(keys, _EXTRA_STATE)}
     return (
         *dcp_write.plan(entries, directory=directory, max_file_nbytes=max_file_nbytes),
-        FilePlan(f"{directory}/{CONFIG}", (Segment(json.dumps(_CONFIG_JSON).encode()),)),
+        FilePlan(f"{directory}/{CONFIG}", (Segment(json.dumps(CONFIG_JSON).encode()),)),
         file_of(f"{directory}/{COMMON}", _common(iteration) | dict(common or {})),
         # Bridge refuses a tracker that says 0, and takes the counters instead
         *plan_run(iteration, has_train_state=iteration == 0, run_config=run_config, tokenizer=tokenizer),
