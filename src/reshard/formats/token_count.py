@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_LIMIT_NBYTES = 256 << 20
+LIMIT_NBYTES = 256 << 20
 """Of a tokenizer's file; the largest have some 30 MiB."""
 
 
@@ -32,7 +32,7 @@ def of_bytes(data: bytes) -> int | None:
 
 
 def _is_there(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size <= _LIMIT_NBYTES
+    return path.is_file() and path.stat().st_size <= LIMIT_NBYTES
 
 
 def _of_json(data: bytes) -> int | None:

@@ -1,0 +1,178 @@
+"""A model as a directory of NeMo 2: its context, its tokenizer, and the rows of its vocabulary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reshard.core.box import Box
+from reshard.core.tensor import Source, Tensor
+from reshard.dialects import nemo_config
+from reshard.dialects.setting import Values, flat
+from reshard.errors import NotFound, Unsupported
+from reshard.formats import fiddle, huggingface, nemo2, nemo2_context, token_count
+from reshard.formats.fiddle import Call, Symbol
+from reshard.storage import hub
+from reshard.storage.files import Files, LazySource
+from reshard.storage.plan import FilePlan
+
+LIBRARIES = ("sentencepiece", "huggingface")
+
+_DIRECTORY, _PIECES, _GENERATION = "nemo_tokenizer", "tokenizer.model", "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A tokenizer, as a context has it."""
+
+    call: Call
+    files: Mapping[str, Tensor]
+    """By their names in the context."""
+    num_tokens: int | None = None
+    """As far as its files tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A directory, planned."""
+
+    files: tuple[FilePlan, ...]
+    notices: tuple[str, ...] = field(default=())
+
+
+def plan(
+    tensors: Mapping[str, Tensor],
+    settings: Values,
+    config: Mapping[str, Any],
+    family: str,
+    assets: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    max_file_nbytes: int | None,
+) -> Directory:
+    """The files of a model, and what the user should know.
+
+    Args:
+        tensors: By Megatron's names on disk.
+        settings: As `megatron_config.to_megatron` gives them.
+        config: config.json.
+        family: The family's name.
+        assets: What lay beside the model; `generation_config.json` is taken.
+        tokenizer: None where there is none.
+    """
+    size, unit, notices = _vocabulary(tensors, settings, tokenizer)
+    rope = flat(config)["rope"]
+    call = nemo_config.config_call(settings, family, rope, size, unit)
+    generation = {f"artifacts/{_GENERATION}": assets[_GENERATION]} if _GENERATION in assets else {}
+    described = nemo_config.Described(
+        nemo_config.model_class(family), call, tokenizer.call if tokenizer else None, bool(generation)
+    )
+    return Directory(
+        nemo2.plan(
+            tensors,
+            io=fiddle.dumps(nemo_config.context(described)),
+            model_yaml=nemo_config.model_yaml(described),
+            files={**(tokenizer.files if tokenizer else {}), **generation},
+            max_file_nbytes=max_file_nbytes,
+        ),
+        notices,
+    )
+
+
+def _vocabulary(
+    tensors: Mapping[str, Tensor], settings: Values, tokenizer: Tokenizer | None
+) -> tuple[int | None, int, tuple[str, ...]]:
+    """(vocab_size, make_vocab_size_divisible_by, what to say), by which NeMo makes an embedding of just these rows.
+
+    Without a vocab_size NeMo makes the tokenizer's number a multiple, and so do all its releases; with one it makes as
+    many rows as that says, from 2.3 on.
+    """
+    rows = tensors["embedding.word_embeddings.weight"].shape[0]
+    unit = min(rows & -rows, 128)
+    if tokenizer is None:
+        return (
+            rows,
+            unit,
+            ("without a tokenizer NeMo builds the model, but cannot generate: --tokenizer-path names one",),
+        )
+    tokens = tokenizer.num_tokens
+    asked = settings.get("make_vocab_size_divisible_by") or unit
+    for divisor in dict.fromkeys((asked, unit)):
+        if tokens is not None and tokens == settings.get("vocab_size") and -(-tokens // divisor) * divisor == rows:
+            return None, divisor, ()
+    said = f"the embedding has {rows} rows, the tokenizer {tokens} tokens: " if tokens is not None else ""
+    return rows, unit, (f"{said}vocab_size {rows} is in the context, which NeMo 2.2 leaves out and older ones refuse",)
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizers
+
+
+def tokenizer_named(path: str, library: str | None) -> Tokenizer:
+    """The tokenizer of --tokenizer-path: a SentencePiece file, or a directory or hub id with a tokenizer's files.
+
+    Raises NotFound where nothing of the kind is there, Unsupported for another library.
+    """
+    if library not in (None, *LIBRARIES):
+        raise Unsupported(f"--tokenizer-library {library}: {' and '.join(LIBRARIES)} are written")
+    place = Path(path).expanduser()
+    if place.is_file() and library != "huggingface":
+        return _sentence_piece(place.name, huggingface.asset(place), LazySource(Files()))
+    _, assets = huggingface.companions(hub.resolve(path))
+    found = tokenizer_among(assets, LazySource(Files()), library)
+    if found is None:
+        raise NotFound(f"--tokenizer-path {path} has no files of a {library or 'known'} tokenizer")
+    return found
+
+
+def tokenizer_among(assets: Mapping[str, Tensor], source: Source, library: str | None = None) -> Tokenizer | None:
+    """The tokenizer among the files that lie beside a model; None where there is none of this library."""
+    if library != "sentencepiece" and any(name in assets for name in _OF_HUGGINGFACE):
+        files = {name: data for name, data in assets.items() if _OF_TOKENIZER.fullmatch(name)}
+        arguments = {"pretrained_model_name": _DIRECTORY}
+        listing = assets.get("tokenizer.json")
+        return Tokenizer(
+            Call(Symbol.of(nemo2_context.AUTO_TOKENIZER), arguments),
+            {f"{_DIRECTORY}/{name}": data for name, data in files.items()},
+            token_count.of_bytes(_read(listing, source)) if listing is not None else None,
+        )
+    if library != "huggingface" and _PIECES in assets:
+        return _sentence_piece(_PIECES, assets[_PIECES], source)
+    return None
+
+
+_OF_HUGGINGFACE = ("tokenizer.json", "tokenizer_config.json")
+_OF_TOKENIZER = re.compile(
+    r"(?:tokenizer|special_tokens_map|added_tokens|vocab|merges|normalizer|tekken|chat_template).*"
+    r"|.*\.(?:tiktoken|model|spm|jinja)"
+)
+"""Files that AutoTokenizer reads."""
+
+
+def _sentence_piece(name: str, data: Tensor, source: Source) -> Tokenizer:
+    num_tokens = token_count.of_bytes(_read(data, source))
+    if num_tokens is None:
+        raise Unsupported(
+            f"{name} is not a SentencePiece model", hint="--tokenizer-path names one, or a HuggingFace tokenizer"
+        )
+    arguments = {"model_path": _PIECES, "special_tokens": None, "legacy": False}
+    return Tokenizer(Call(Symbol.of(nemo2_context.SENTENCE_PIECE), arguments), {_PIECES: data}, num_tokens)
+
+
+def _read(data: Tensor, source: Source) -> bytes:
+    if data.nbytes > token_count.LIMIT_NBYTES:
+        raise Unsupported(f"a tokenizer's file of {data.nbytes} bytes, the largest have some 30 MB")
+    return bytes(data.read(source, Box.whole(data.shape)).tobytes())
+
+
+def assets_of(context: Path) -> dict[str, Tensor]:
+    """The files of a context under the names that HuggingFace has for them: tokenizer and generation config."""
+    found: dict[str, Tensor] = {}
+    place = nemo2_context.tokenizer_path(context, nemo2_context.read(context))
+    if place is not None and place.is_dir():
+        found = dict(huggingface.companions(place)[1])
+    elif place is not None and place.name.endswith(".model"):
+        found = {_PIECES: huggingface.asset(place)}
+    generation = context / "artifacts" / _GENERATION
+    return found | ({_GENERATION: huggingface.asset(generation)} if generation.is_file() else {})
