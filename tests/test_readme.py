@@ -13,13 +13,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import family_table
 import workspace
 from checkpoints import equals, left_in
+from megatron_workspace import DENSE, MIXTURE, truth_of, write_megatron
 from reshard.cli.main import main
+from reshard.formats.fsdp_dtensor import TARGETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-README = PAGES[0].read_text()
+GUIDE = ROOT / "docs" / "megatron.md"
+LAUNCHERS = ("torchrun", "srun")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -28,23 +32,25 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def rows(page: Path) -> list[str]:
     """The commands in tables."""
-    return re.findall(r"^\|.*\| `(reshard [^`]*)` \|$", page.read_text(), re.MULTILINE)
+    return re.findall(r"^\|.*\| `((?:reshard|torchrun|srun) [^`]*)` \|$", page.read_text(), re.MULTILINE)
 
 
-def lines(page: Path) -> list[str]:
-    """The commands in code blocks."""
-    found = [line for block in blocks(page, "sh") for line in block.splitlines()]
-    return [line for line in found if line.startswith("reshard ")]
+def examples(page: Path) -> list[list[str]]:
+    """The commands of each code block."""
+    begins = ("reshard ", *(f"{launcher} " for launcher in LAUNCHERS if page == GUIDE))
+    found = [[line for line in block.splitlines() if line.startswith(begins)] for block in blocks(page, "sh")]
+    return [commands for commands in found if commands]
 
 
-COMMANDS = [pytest.param(c, id=f"{p.name}: {c}"[:90]) for p in PAGES for c in rows(p) + lines(p)]
+COMMANDS = [pytest.param([c], id=f"{p.name}: {c}"[:90]) for p in PAGES for c in rows(p)]
+COMMANDS += [pytest.param(cs, id=f"{p.name}: {cs[0]} ..."[:90]) for p in PAGES for cs in examples(p)]
 PYTHON = [pytest.param(b, id=f"{p.name} {i}") for p in PAGES for i, b in enumerate(blocks(p, "python"))]
 
 
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of every system, and `merged`, the model of one of them."""
-    directory = workspace.write_workspace(tmp_path_factory.mktemp("workspace"))
+    directory = write_megatron(workspace.write_workspace(tmp_path_factory.mktemp("workspace")))
     arguments = [str(directory / "output/checkpoint-500"), str(directory / "merged"), "-q"]
     assert main(["merge", *arguments, "--base", str(directory / workspace.BASE)]) == 0
     return directory
@@ -59,27 +65,60 @@ def here(everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path / "here"
 
 
+OUTPUT_OPTIONS = ("--output", "--output-dir", "--output-path", "--hf-path", "--megatron-path")
+
+
 def output_of(command: str) -> Path | None:
     """Where a command writes, if it does."""
     words = shlex.split(command)
-    if words[1] not in ("merge", "average") or "--dry-run" in words:
+    words = words[words.index("reshard") :]
+    if words[1] not in ("merge", "average", "convert", "import", "export") or "--dry-run" in words:
         return None
-    for option in ("--output", "--output-dir", "--output-path"):
+    for option in OUTPUT_OPTIONS:
         if option in words:
             return Path(words[words.index(option) + 1])
     return Path(words[3])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_documented_command_does_its_work(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = left_in(here)
-    assert main(shlex.split(command)[1:]) == 0, capsys.readouterr().err
-    output = output_of(command)
-    if output is None:
-        assert left_in(here) == before
-    else:
-        assert output.exists()
-        assert main(["verify", str(output)]) == 0
+SRUN = """#!/bin/sh
+# as the real one: `srun --ntasks N COMMAND ...` starts a command N times and tells each which it is
+tasks=$2
+shift 2
+for task in $(seq 0 $((tasks - 1))); do
+    SLURM_STEP_ID=0 SLURM_NTASKS=$tasks SLURM_PROCID=$task "$@" &
+    started="$started $!"
+done
+for process in $started; do wait "$process" || exit 1; done
+"""
+
+
+def run(command: str) -> None:
+    """A command of the documentation, as typed; launchers start two processes, however many it says."""
+    if command.startswith("reshard "):
+        assert main(shlex.split(command)[1:]) == 0
+        return
+    programs = Path("programs")
+    programs.mkdir(exist_ok=True)
+    (programs / "srun").write_text(SRUN)
+    (programs / "srun").chmod(0o755)
+    path = f"{programs.resolve()}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    words = shlex.split(re.sub(r"(--nproc-per-node|--ntasks) \d+", r"\1 2", command))
+    subprocess.run(words, env=env, check=True, capture_output=True, timeout=120)
+    shutil.rmtree(programs)
+
+
+@pytest.mark.parametrize("commands", COMMANDS)
+def test_documented_commands_do_their_work(commands: list[str], here: Path) -> None:
+    for command in commands:
+        before = left_in(here)
+        run(command)
+        output = output_of(command)
+        if output is None:
+            assert left_in(here) == before
+        else:
+            assert output.exists()
+            assert main(["verify", str(output)]) == 0
 
 
 FIRST, SECOND = 1, 2
@@ -106,6 +145,64 @@ def test_what_a_documented_command_writes_is_the_model_that_was_saved(begins: st
     output = output_of(command)
     assert output is not None
     assert equals(output, workspace.state_of("llama", SAME_MODEL[begins]))
+
+
+CONVERTED: dict[str, str | int] = {
+    "reshard convert bridge": DENSE,
+    "reshard export": DENSE,
+    "reshard convert megatron_fsdp": MIXTURE,
+    "reshard convert megatron_lm": SECOND,
+    "reshard convert nemo2": SECOND,
+    "reshard convert verl_megatron": SECOND,
+}
+"""The directory that a conversion of the README gives back, or the seed of its model."""
+
+
+@pytest.mark.parametrize("begins", CONVERTED)
+def test_what_comes_back_from_megatron_is_the_model_that_went_there(begins: str, here: Path) -> None:
+    command = next(c for c in rows(PAGES[0]) if c.startswith(begins))
+    truth = CONVERTED[begins]
+    run(command)
+    wanted = truth_of(here / truth) if isinstance(truth, str) else workspace.state_of("llama", truth)
+    assert equals(here / "model", wanted)
+
+
+@pytest.mark.parametrize("number, model", [(0, DENSE), (1, MIXTURE), (2, MIXTURE), (-1, DENSE)])
+def test_an_example_of_the_guide_comes_back_bit_for_bit(number: int, model: str, here: Path) -> None:
+    for command in examples(GUIDE)[number]:
+        run(command)
+    assert equals(here / "model", truth_of(here / model))
+
+
+def test_the_guide_lists_the_families_that_there_are() -> None:
+    assert family_table.documented() == family_table.table(), "python tests/family_table.py writes the table anew"
+
+
+def test_the_guide_says_of_every_target_what_is_written_for_it() -> None:
+    found = re.findall(
+        r"^\| `([\w.-]+)`(?: \(default\))? \|.*\| (.*) \| (.*) \| (.*) \|$", GUIDE.read_text(), re.MULTILINE
+    )
+    said = {name: tuple(cells) for name, *cells in found if name in TARGETS}
+    split = {(True,): "in parts", (False,): "whole, for TP 1", (True, False): "both"}
+    assert said == {
+        name: (_one_or_both(target.prefixes), _one_or_both(target.mtp), split[target.split_parts])
+        for name, target in TARGETS.items()
+    }
+
+
+def test_the_page_of_fsdp_dtensor_says_what_a_target_is() -> None:
+    page = (ROOT / "docs" / "formats" / "fsdp_dtensor.md").read_text()
+    split = {(True,): "parts", (False,): "whole", (True, False): "both"}
+    for name, target in TARGETS.items():
+        cells = [
+            f"`{name}`", _one_or_both(target.prefixes), _one_or_both(target.mtp), split[target.split_parts],
+            str(target.iteration), "yes" if target.has_train_state else "no", "yes" if target.has_args else "no",
+        ]  # fmt: skip
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def _one_or_both(names: tuple[str, ...]) -> str:
+    return f"`{names[0]}`" if len(names) == 1 else "both"
 
 
 @pytest.mark.parametrize("block", PYTHON)
