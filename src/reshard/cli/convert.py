@@ -3,6 +3,9 @@
 SRC   a HuggingFace directory or hub id, a run that merges to one, or a Megatron checkpoint (torch_dist, fsdp_dtensor,
       zarr, mp_rank_*): the run, iter_NNNNNNN or the directory of the weights
 OUT   a directory
+
+`--input_path SRC --output_path OUT --model_id ID --tokenizer_path P --tokenizer_library L`, as NVIDIA's
+convert_nemo1_to_nemo2.py spells it, is the same as `SRC OUT --to nemo2 ...`.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from typing import Any
 
 from reshard.cli import options, output
 from reshard.cli.report import show_plan, show_result, talk
+from reshard.errors import InputError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC")
-    parser.add_argument("output", metavar="OUT")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="hf, torch_dist or fsdp_dtensor")
+    parser.add_argument("source", metavar="SRC", nargs="?")
+    parser.add_argument("output", metavar="OUT", nargs="?")
+    parser.add_argument("--to", metavar="FORMAT", help="hf, torch_dist, fsdp_dtensor or nemo2")
     parser.add_argument(
         "--hf-model", metavar="DIR_OR_HUB_ID", help="names, dtypes, config and tokenizer come from there, never a value"
     )
@@ -26,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--not-strict", action="store_true", help="write what there is, though tensors are missing")
     add_mesh(parser)
     add_more(parser)
+    add_nemo(parser)
     options.add_run(parser)
 
 
@@ -53,6 +58,21 @@ def add_more(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_nemo(parser: argparse.ArgumentParser) -> None:
+    """What a directory of NeMo 2 needs beside the model, and the paths as NVIDIA's script has them."""
+    group = parser.add_argument_group("NeMo 2")
+    group.add_argument("--tokenizer-path", metavar="PATH", help="of a SentencePiece model, a directory or a hub id "
+                       "(default: the tokenizer beside the model)")  # fmt: skip
+    group.add_argument(
+        "--tokenizer-library", metavar="LIBRARY", help="sentencepiece or huggingface (default: by files)"
+    )
+    group.add_argument(
+        "--model-id", metavar="ID", help="NVIDIA's name of the model, for what a checkpoint does not say of itself"
+    )
+    group.add_argument("--input-path", metavar="SRC", help=argparse.SUPPRESS)
+    group.add_argument("--output-path", metavar="OUT", help=argparse.SUPPRESS)
+
+
 def chosen(args: argparse.Namespace, to: str, dtype: str | None, hf_model: str | None) -> dict[str, Any]:
     """The fields of `ops.convert.Options`."""
     return {
@@ -60,13 +80,26 @@ def chosen(args: argparse.Namespace, to: str, dtype: str | None, hf_model: str |
         "tp": args.tp, "pp": args.pp, "cp": args.cp, "ep": args.ep, "strict": not getattr(args, "not_strict", False),
         "vocab_divisor": args.make_vocab_size_divisible_by, "max_shard_size": args.max_shard_size,
         "save_tokenizer": args.save_tokenizer, "verify": args.verify,
+        **{name: getattr(args, name, None) for name in ("model_id", "tokenizer_path", "tokenizer_library")},
     }  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    return write(
-        args, args.source, args.output, chosen(args, args.to.replace("huggingface", "hf"), args.dtype, args.hf_model)
-    )
+    source, target, to = _asked(args)
+    return write(args, source, target, chosen(args, to.replace("huggingface", "hf"), args.dtype, args.hf_model))
+
+
+def _asked(args: argparse.Namespace) -> tuple[str, str, str]:
+    """Source, output and format, in either spelling; the script's writes NeMo 2 unless it is told otherwise."""
+    given = [path for path in (args.source, args.output) if path is not None]
+    source = args.input_path if args.input_path is not None else given.pop(0) if given else None
+    target = args.output_path if args.output_path is not None else given.pop(0) if given else None
+    to = args.to or ("nemo2" if args.input_path is not None else None)
+    lacking = [name for name, value in (("SRC", source), ("OUT", target), ("--to", to)) if value is None]
+    if source is None or target is None or to is None or given:
+        said = f"there is no {', '.join(lacking)}" if lacking else f"{given[0]} is one path too many"
+        raise InputError(said, hint="reshard convert SRC OUT --to hf")
+    return source, target, to
 
 
 def write(args: argparse.Namespace, source: str, target: str, fields: dict[str, Any]) -> int:

@@ -27,9 +27,10 @@ from reshard.dialects.fuse import computes
 from reshard.dialects.megatron import InMemory
 from reshard.dialects.table import Facts, Family, copies, entries
 from reshard.errors import Corrupt, InputError, Mismatch, NotFound, Unsupported, listed
-from reshard.formats import fsdp_dtensor, huggingface, torch_dist
+from reshard.formats import fsdp_dtensor, huggingface, nemo2_context, torch_dist
 from reshard.formats.fsdp_dtensor import TARGETS, target_named
-from reshard.formats.megatron import MegatronCheckpoint, locate, open_located
+from reshard.formats.megatron import MegatronCheckpoint, Settings, locate, open_located
+from reshard.ops import nemo2
 from reshard.ops import reference as references
 from reshard.ops.config import reconcile
 from reshard.ops.family import by_config, choose
@@ -44,10 +45,10 @@ from reshard.storage.plan import FilePlan, Plan
 from reshard.storage.run import Progress
 from reshard.version import __version__
 
-Format = Literal["hf", "torch_dist", "fsdp_dtensor"]
-FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "fsdp_dtensor")
+Format = Literal["hf", "torch_dist", "fsdp_dtensor", "nemo2"]
+FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "fsdp_dtensor", "nemo2")
 
-_WRITTEN_AS = {"hf": "huggingface", "torch_dist": "torch_dist", "fsdp_dtensor": "fsdp_dtensor"}
+_WRITTEN_AS = {"hf": "huggingface", "torch_dist": "torch_dist", "fsdp_dtensor": "fsdp_dtensor", "nemo2": "nemo2"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,12 @@ class Options:
     """Whether a tensor that is missing is an error."""
     max_shard_size: str | None = None
     save_tokenizer: bool = True
+    model_id: str | None = None
+    """NVIDIA's name of the model: what a checkpoint does not say of itself."""
+    tokenizer_path: str | None = None
+    """Of NeMo's tokenizer; the one beside the model by default."""
+    tokenizer_library: str | None = None
+    """`sentencepiece` or `huggingface`; by its files where it is not said."""
     verify: bool = False
 
     def record(self) -> dict[str, Any]:
@@ -171,6 +178,8 @@ def _is_megatron(source: Path) -> bool:
 
 def _of_huggingface(source: str, options: Options) -> Model:
     """A HuggingFace directory or hub id, or a run that merges to one."""
+    from reshard.dialects import megatron_config, nemo_config
+
     path = Path(source) if Path(source).exists() else hub.resolve(source, weights=True)
     _, _, checkpoint = whole_model(path, MergeOptions(base=options.hf_model, verify=options.verify))
     config = checkpoint.config
@@ -185,6 +194,8 @@ def _of_huggingface(source: str, options: Options) -> Model:
     facts, absent = apply.present(tensors, family, family.facts(config), on_hub=True)
     notices += tuple(f"the model has no tensors of its {part} part, which its config names" for part in absent)
     facts = _padded(facts, options)
+    if options.model_id is not None:
+        nemo_config.filled(megatron_config.to_megatron(config, family, facts)[0], options.model_id)
     _check_copies(checkpoint, tensors, family, facts)
     named = apply.to_megatron(tensors, family, facts)
     return Model(checkpoint, family, facts, config, tensors, named, None, (*checkpoint.notices, *notices))
@@ -193,7 +204,7 @@ def _of_huggingface(source: str, options: Options) -> Model:
 def _of_megatron(source: Path, options: Options) -> Model:
     """A Megatron checkpoint of any format."""
     opened = open_located(locate(source, options.iteration), verify=options.verify)
-    opened = replace(opened, checkpoint=opened.checkpoint.located())
+    opened = replace(opened, checkpoint=opened.checkpoint.located(), settings=_by_id(opened.settings, options))
     memory = megatron.in_memory(opened.checkpoint.tensors)
     _check_twins(opened.checkpoint, memory.twins)
     reference = _reference(opened, options)
@@ -206,7 +217,8 @@ def _of_megatron(source: Path, options: Options) -> Model:
     notices += (*said, *(f"the checkpoint has nothing of the model's {part} part" for part in absent))
     notices += _left_out(opened)
     if options.to != "hf":
-        named = apply.canonical(memory.tensors, family, _padded(facts, options))
+        facts, rows = _rows_kept(memory.tensors, facts, options)
+        named = apply.canonical(memory.tensors, family, rows)
         hub_tensors: Mapping[str, Tensor] = {}
     else:
         config = config if reference else _with_tokens(config, opened)
@@ -218,6 +230,27 @@ def _of_megatron(source: Path, options: Options) -> Model:
         checkpoint, family, facts, config, hub_tensors, named, reference,
         (*checkpoint.notices, *notices),
     )  # fmt: skip
+
+
+def _by_id(settings: Settings, options: Options) -> Settings:
+    """The settings, with what --model-id adds. Raises Mismatch where they contradict it."""
+    from reshard.dialects import nemo_config
+
+    if options.model_id is None:
+        return settings
+    return replace(settings, values=nemo_config.filled(settings.values, options.model_id))
+
+
+def _rows_kept(tensors: Mapping[str, Tensor], facts: Facts, options: Options) -> tuple[Facts, Facts]:
+    """(what the model is, what its tensors are taken for): padding stays as it is where no other is asked for."""
+    rows = max((t.shape[0] for n, t in tensors.items() if n.endswith(_EMBEDDING) and t.shape), default=0)
+    if options.vocab_divisor is not None or rows <= facts.sizes["vocab"]:
+        facts = _padded(facts, options)
+        return facts, facts
+    return facts.sized(padded_vocab=rows), facts.sized(vocab=rows, padded_vocab=rows)
+
+
+_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def _reference(opened: MegatronCheckpoint, options: Options) -> Reference | None:
@@ -232,7 +265,9 @@ def _assets(opened: MegatronCheckpoint, reference: Reference | None) -> Mapping[
     """Tokenizer and other files: the reference's, else those that the checkpoint brings."""
     if reference is not None and reference.assets:
         return reference.assets
-    tokenizer = opened.located.tokenizer
+    context, tokenizer = opened.located.context, opened.located.tokenizer
+    if context is not None and (context / nemo2_context.IO).is_file():
+        return nemo2.assets_of(context)
     return huggingface.companions(tokenizer)[1] if tokenizer is not None else opened.checkpoint.assets
 
 
@@ -342,7 +377,7 @@ def _left_out(opened: MegatronCheckpoint) -> tuple[str, ...]:
 def _cut_rows(tensors: Mapping[str, Tensor], facts: Facts) -> tuple[str, ...]:
     """A sentence when rows that only pad the vocabulary are cut off."""
     vocab = facts.sizes["vocab"]
-    rows = {t.shape[0] for n, t in tensors.items() if n.endswith("embedding.word_embeddings.weight") and t.shape}
+    rows = {t.shape[0] for n, t in tensors.items() if n.endswith(_EMBEDDING) and t.shape}
     return tuple(f"{n - vocab} rows that pad the vocabulary from {vocab} to {n} are cut off" for n in rows if n > vocab)
 
 
@@ -455,10 +490,12 @@ def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
         layout = megatron.Layout(target.prefixes, False, True, target.split_parts, target.mtp)
     named, said = _in_megatron_dtypes(model, options)
     alike = len(set(model.facts.layers)) == 1  # Megatron numbers the layers of a model with dense ones among others
-    stacks = model.family.stacked and alike and options.to == "torch_dist"
+    stacks = model.family.stacked and alike and options.to != "fsdp_dtensor"
     tensors = megatron.on_disk(named, layout, model.facts.sizes, stack_layers=stacks)
     settings, warnings = megatron_config.to_megatron(model.config, model.family, model.facts)
     _check_divides(settings, options)
+    if options.to == "nemo2":
+        return _to_nemo2(model, tensors, settings, [*model.notices, *said, *warnings], options)
     text = run_config.run_config(
         settings, ckpt_format=options.to, tp=options.tp, pp=options.pp, cp=options.cp, ep=options.ep,
         hf_model_id=options.hf_model or str(model.checkpoint.origin.path),
@@ -479,6 +516,22 @@ def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
         notices=tuple(notices),
     )  # fmt: skip
     return checkpoint, Plan(files)
+
+
+def _to_nemo2(
+    model: Model, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], notices: list[str], options: Options
+) -> tuple[Checkpoint, Plan]:
+    assets, tokenizer = model.checkpoint.assets, None
+    if options.tokenizer_path is not None:
+        tokenizer = nemo2.tokenizer_named(options.tokenizer_path, options.tokenizer_library)
+    elif options.save_tokenizer:
+        tokenizer = nemo2.tokenizer_among(assets, model.checkpoint.source, options.tokenizer_library)
+    planned = nemo2.plan(tensors, settings, model.config, model.family.name, assets, tokenizer, _max_nbytes(options))
+    checkpoint = replace(
+        model.checkpoint, tensors={nemo2.PREFIX + name: tensor for name, tensor in tensors.items()}, assets={},
+        objects={}, paths={}, locate=None, dialect="megatron", notices=(*notices, *planned.notices),
+    )  # fmt: skip
+    return checkpoint, Plan(planned.files)
 
 
 def _in_megatron_dtypes(model: Model, options: Options) -> tuple[dict[str, Named], list[str]]:

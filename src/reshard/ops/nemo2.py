@@ -20,6 +20,7 @@ from reshard.storage.files import Files, LazySource
 from reshard.storage.plan import FilePlan
 
 LIBRARIES = ("sentencepiece", "huggingface")
+PREFIX = nemo2.PREFIX
 
 _DIRECTORY, _PIECES, _GENERATION = "nemo_tokenizer", "tokenizer.model", "generation_config.json"
 
