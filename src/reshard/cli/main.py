@@ -30,10 +30,11 @@ VERBS = {
     "families": "list the model families that convert knows",
     "import": "convert, as Megatron-Bridge spells it: HuggingFace to Megatron",
     "export": "convert, as Megatron-Bridge spells it: Megatron to HuggingFace",
+    "migrate-config": "turn a NeMo 1.0 YAML into NeMo 2.0 code, with a reason for every setting",
 }
 
 
-_MODULES = {"import": "bridge_import", "export": "bridge_export"}
+_MODULES = {"import": "bridge_import", "export": "bridge_export", "migrate-config": "migrate_config"}
 """Of verbs whose name no module can have, and of their opposite."""
 
 
