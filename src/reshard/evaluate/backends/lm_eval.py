@@ -18,6 +18,7 @@ from typing import Any
 
 from reshard.errors import Corrupt, InputError, Mismatch, NotFound, listed
 from reshard.evaluate.backend import Refused, Request
+from reshard.evaluate.backends.harness import settled
 from reshard.evaluate.backends.program import Program, launcher
 from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.metrics import Metric, metrics_of, read_document
@@ -32,7 +33,7 @@ print(json.dumps(TaskManager(include_path=sys.argv[1] or None).all_tasks))
 
 def make(config: EvalConfig) -> Program:
     """The backend of `backend: lm_eval`."""
-    return Program(LmEval(config))
+    return Program(LmEval(settled(config)))
 
 
 class LmEval:

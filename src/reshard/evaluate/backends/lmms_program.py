@@ -1,0 +1,72 @@
+"""lmms-eval as a program: `python -m lmms_eval`, one process for each model, for a server that is not its own.
+
+It ends with exit status 0 also when it failed, so its results are all that counts: see `lmms_results.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+from reshard.evaluate.backend import Request
+from reshard.evaluate.backends.harness import lmms_model_args, model_named_in
+from reshard.evaluate.backends.lmms_results import Expected, found_in
+from reshard.evaluate.backends.program import launcher
+from reshard.evaluate.config import EvalConfig
+from reshard.evaluate.metrics import Metric
+
+_LIST_S = 180.0
+_LIST = """
+import json
+from lmms_eval.tasks import TaskManager
+print(json.dumps(sorted(TaskManager().all_tasks)))
+"""
+
+
+class LmmsEval:
+    """The harness lmms-eval."""
+
+    def __init__(self, config: EvalConfig, python: str = sys.executable) -> None:
+        self._config = config
+        self._python = python
+
+    def unknown(self, tasks: Sequence[str]) -> Sequence[str]:
+        known = self.known_tasks
+        return [task for task in tasks if not any(fnmatchcase(name, task) for name in known)] if known else []
+
+    @cached_property
+    def known_tasks(self) -> frozenset[str]:
+        """Every task, group and tag; empty where lmms-eval does not say. Takes as long as importing it, once."""
+        words = [self._python, "-c", _LIST]
+        try:
+            listing = subprocess.run(words, capture_output=True, timeout=_LIST_S, check=True, stdin=subprocess.DEVNULL)
+            return frozenset(json.loads(listing.stdout.splitlines()[-1]))
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            return frozenset()
+
+    def command(self, request: Request) -> Sequence[str]:
+        config = self._config
+        model_args = lmms_model_args(config, str(request.model))
+        options = {
+            "model": config.model, "model_args": ",".join(f"{name}={value}" for name, value in model_args.items()),
+            "tasks": ",".join(config.tasks), "output_path": request.output, "batch_size": config.batch_size,
+            "limit": config.limit, "num_fewshot": config.num_fewshot, "gen_kwargs": config.gen_kwargs,
+        }  # fmt: skip
+        flags = {"log_samples": config.log_samples, "predict_only": config.predict_only}
+        words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        return [
+            *launcher(self._python, "lmms_eval", config.num_gpus), *words,
+            *(f"--{name}" for name, wanted in flags.items() if wanted),
+        ]  # fmt: skip
+
+    def collect(self, request: Request) -> tuple[tuple[Metric, ...], tuple[Path, ...]]:
+        config = self._config
+        model = model_named_in({**config.model_args, config.checkpoint_key: str(request.model)})
+        expected = Expected(model or "", config.tasks, config.limit, 0.0, config.predict_only)
+        found = found_in(request.output, expected)
+        return found.metrics, found.files
