@@ -526,6 +526,22 @@ def test_without_the_first_rank_the_others_give_up(ranks: Ranks, source: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_on_another_machine_is_missed(ranks: Ranks, source: Path, tmp_path: Path, victim: int) -> None:
+    apart = "import os; from reshard.storage import board; board.Directory.machine = lambda self: str(os.getpid())\n"
+    before = {rank: apart + slow(0.02) for rank in range(3)}
+    before[victim] = apart + after(3, "os.kill(os.getpid(), signal.SIGKILL)")
+    env = {"RESHARD_SILENCE_TIMEOUT_S": "2"}
+    ended = ranks(3, "merge", source, tmp_path / "out", *SMALL, before=before, env=env)
+    assert codes(ended) == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)], ended
+    others = [e for e in ended if e is not ended[victim]]
+    assert all(f"rank {victim} on {os.uname().nodename}: not a word for 2 s" in e.err for e in others)
+    assert not (tmp_path / "out").exists()
+    assert codes(ranks(3, "merge", source, tmp_path / "out", before={1: apart})) == [0] * 3
+    assert equals(tmp_path / "out", MODEL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_falls_silent_counts_as_dead(ranks: Ranks, source: Path, tmp_path: Path, victim: int) -> None:
     env = {"RESHARD_SILENCE_TIMEOUT_S": "2"}
     pids = [ranks.start(r, 3, "merge", source, tmp_path / "out", *SMALL, before=slow(0.02), env=env) for r in range(3)]

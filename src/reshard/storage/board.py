@@ -176,7 +176,7 @@ def _connected(launch: Launch) -> Any:
 
     assert launch.store is not None
     if launch.store not in _stores:
-        distributed = import_module("torch.distributed")
+        distributed = import_module("torch.distributed")  # torchrun is torch's: where it launched us there is torch
         host, port = launch.store
         try:
             _stores[launch.store] = distributed.TCPStore(

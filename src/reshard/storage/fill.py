@@ -53,9 +53,13 @@ class Done:
     """What came of a job, or of the part of one rank."""
 
     digests: dict[tuple[str, int], Digest] = field(repr=False)
+    """By file and segment; of the other ranks' too on the first alone."""
     num_checked: int = 0
+    """Source records whose CRC-32 was confirmed."""
     kept_nbytes: int = 0
+    """Taken over from an interrupted run."""
     told: tuple[str, ...] = ()
+    """What the caller of the run had to say when all was read."""
 
 
 @contextmanager

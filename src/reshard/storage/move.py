@@ -61,14 +61,20 @@ def digest(
 
 @dataclass(frozen=True, slots=True)
 class Task:
+    """A tensor and its place."""
+
     file: FilePlan
     index: int
+    """Of the segment in the file."""
     offset: int
+    """In the file, in bytes."""
     name: str
+    """The FQN, where it is a tensor of the model."""
     tensor: Tensor
 
 
 def tasks(plan: Plan) -> list[Task]:
+    """All tensors of a plan, in its order."""
     return [Task(*t) for t in plan.tensors()]
 
 
@@ -190,14 +196,17 @@ def digest_at(fd: int, offset: int, nbytes: int, crc32: bool, block_nbytes: int)
 
 
 def digest_at_task(fd: int, task: Task, block_nbytes: int) -> Digest:
+    """Of what is where a tensor belongs."""
     return digest_at(fd, task.offset, task.tensor.nbytes, task.file.crc32, block_nbytes)
 
 
 def digest_of(data: bytes, crc32: bool) -> Digest:
+    """Of bytes in memory."""
     return Digest(xxhash.xxh3_128_hexdigest(data), checksum(data) if crc32 else 0)
 
 
 def pwrite_all(fd: int, data: object, offset: int) -> None:
+    """Write all of a buffer, however little the system takes at once."""
     view = memoryview(data).cast("B")  # type: ignore[arg-type]
     while view:
         written = os.pwrite(fd, view, offset)
