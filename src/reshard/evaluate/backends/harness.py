@@ -1,6 +1,7 @@
 """What requests to both harnesses have in common, and what lmms-eval makes of a model's settings.
 
-lmms-eval gets them as `key=value,key=value`: what follows a comma is another setting for it, and lists are none. The first setting that is named in PATH_KEYS is the model for it, and names the directory of the results.
+lmms-eval gets them as `key=value,key=value`: what follows a comma is another setting for it, and lists are none. The
+first that is named in PATH_KEYS is the model for it, and names the directory of the results.
 """
 
 from __future__ import annotations
