@@ -363,6 +363,35 @@ def test_mutated_manifests(dcp: Path, indexed: Path, data: st.DataObject) -> Non
         replaced(output / "reshard.json", original)
 
 
+MEGATRON = {
+    "nemotron_h": ("iter_0000000/.metadata", "iter_0000000/run_config.yaml", "iter_0000000/metadata.json"),
+    "zarr_llama": ("iter_0000010/common.pt", "iter_0000010/output_layer.weight/.zarray"),
+    "legacy_llama_tp2pp2": ("iter_0000010/mp_rank_01_000/model_optim_rng.pt", "latest_checkpointed_iteration.txt"),
+    "fsdp_gdn": ("iter_0000000/.metadata", "iter_0000000/__0_0.distcp"),
+}
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("fuzz") / "megatron"
+    for name in MEGATRON:
+        shutil.copytree(Path(__file__).parent / "data" / "megatron" / name, found / name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, file", [(name, file) for name, files in MEGATRON.items() for file in files])
+@given(data=st.data())
+@settings(BOUNDED, max_examples=20)
+def test_mutated_megatron_directories(megatron: Path, name: str, file: str, data: st.DataObject) -> None:
+    original = (megatron / name / file).read_bytes()
+    replaced(megatron / name / file, data.draw(mutated(original)))
+    try:
+        survives(megatron / name)
+    finally:
+        replaced(megatron / name / file, original)
+
+
 def test_a_directory_of_anything_is_no_checkpoint(tmp_path: Path) -> None:
     for number, name in enumerate([".metadata", "__0_0.distcp", "model.safetensors", "pytorch_model.bin", "latest",
                                    "config.json", "model_world_size_2_rank_0.pt", "meta.pt", "a.ckpt"]):  # fmt: skip

@@ -354,7 +354,7 @@ def _tracked(run: Path) -> str | None:
 
 def _head(path: Path, nbytes: int) -> bytes:
     with path.open("rb") as file:
-        return file.read(nbytes)
+        return file.read(min(nbytes, os.fstat(file.fileno()).st_size))  # `read` sets aside all that it is asked for
 
 
 def _names(path: Path) -> list[str]:
