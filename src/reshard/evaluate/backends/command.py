@@ -16,6 +16,7 @@ from string import Formatter
 
 from reshard.errors import Corrupt, InputError, listed
 from reshard.evaluate.backend import Request
+from reshard.evaluate.backends.catalogue import Catalogue
 from reshard.evaluate.backends.program import Program, absolute
 from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.metrics import Metric, metrics_of, read_document
@@ -63,8 +64,9 @@ class Command:
         self._words = words
         self._tasks = tasks
 
-    def unknown(self, tasks: Sequence[str]) -> Sequence[str]:
-        return ()
+    @property
+    def catalogue(self) -> Catalogue:
+        return Catalogue()
 
     def command(self, request: Request) -> Sequence[str]:
         return [self._filled(word, request) for word in self._words]

@@ -8,26 +8,26 @@ Settings go to it as JSON, so that no comma and no equals sign in a path means a
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from reshard.errors import Corrupt, InputError, Mismatch, NotFound, listed
 from reshard.evaluate.backend import Refused, Request
+from reshard.evaluate.backends.catalogue import Catalogue, ask
 from reshard.evaluate.backends.harness import settled
 from reshard.evaluate.backends.program import Program, launcher
 from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.metrics import Metric, metrics_of, read_document
 
-_LIST_S = 120.0
-_LIST = """
+_CATALOGUE = """
 import json, sys
+from lm_eval.api.registry import model_registry
 from lm_eval.tasks import TaskManager
-print(json.dumps(TaskManager(include_path=sys.argv[1] or None).all_tasks))
+import lm_eval.models
+print(json.dumps([TaskManager(include_path=sys.argv[1] or None).all_tasks, sorted(model_registry.keys())]))
 """
 
 
@@ -48,19 +48,9 @@ class LmEval:
         if config.include_path is not None and not Path(config.include_path).is_dir():
             raise NotFound(f"include_path: {config.include_path}: no such directory")
 
-    def unknown(self, tasks: Sequence[str]) -> Sequence[str]:
-        known = self.known_tasks
-        return [task for task in tasks if not any(fnmatchcase(name, task) for name in known)] if known else []
-
     @cached_property
-    def known_tasks(self) -> frozenset[str]:
-        """Every task, group and tag; empty where lm_eval does not say. Takes as long as importing it, once."""
-        words = [self._python, "-c", _LIST, self._config.include_path or ""]
-        try:
-            listing = subprocess.run(words, capture_output=True, timeout=_LIST_S, check=True, stdin=subprocess.DEVNULL)
-            return frozenset(json.loads(listing.stdout.splitlines()[-1]))
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-            return frozenset()
+    def catalogue(self) -> Catalogue:
+        return ask(self._python, _CATALOGUE, self._config.include_path or "")
 
     def command(self, request: Request) -> Sequence[str]:
         config = self._config

@@ -5,26 +5,24 @@ It ends with exit status 0 also when it failed, so its results are all that coun
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
 from reshard.evaluate.backend import Request
+from reshard.evaluate.backends.catalogue import Catalogue, ask
 from reshard.evaluate.backends.harness import lmms_model_args, model_named_in
 from reshard.evaluate.backends.lmms_results import Expected, found_in
 from reshard.evaluate.backends.program import launcher
 from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.metrics import Metric
 
-_LIST_S = 180.0
-_LIST = """
+_CATALOGUE = """
 import json
+from lmms_eval.models import list_available_models
 from lmms_eval.tasks import TaskManager
-print(json.dumps(sorted(TaskManager().all_tasks)))
+print(json.dumps([TaskManager().all_tasks, list_available_models()]))
 """
 
 
@@ -35,19 +33,9 @@ class LmmsEval:
         self._config = config
         self._python = python
 
-    def unknown(self, tasks: Sequence[str]) -> Sequence[str]:
-        known = self.known_tasks
-        return [task for task in tasks if not any(fnmatchcase(name, task) for name in known)] if known else []
-
     @cached_property
-    def known_tasks(self) -> frozenset[str]:
-        """Every task, group and tag; empty where lmms-eval does not say. Takes as long as importing it, once."""
-        words = [self._python, "-c", _LIST]
-        try:
-            listing = subprocess.run(words, capture_output=True, timeout=_LIST_S, check=True, stdin=subprocess.DEVNULL)
-            return frozenset(json.loads(listing.stdout.splitlines()[-1]))
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-            return frozenset()
+    def catalogue(self) -> Catalogue:
+        return ask(self._python, _CATALOGUE)
 
     def command(self, request: Request) -> Sequence[str]:
         config = self._config

@@ -14,6 +14,7 @@ from typing import Protocol
 from reshard.errors import ReshardError
 from reshard.evaluate import process
 from reshard.evaluate.backend import Phase, Refused, Request, Status
+from reshard.evaluate.backends.catalogue import Catalogue
 from reshard.evaluate.metrics import Metric
 
 _NOT_FOUND = (126, 127)
@@ -23,8 +24,9 @@ _NOT_FOUND = (126, 127)
 class Harness(Protocol):
     """What is run, and what it leaves."""
 
-    def unknown(self, tasks: Sequence[str]) -> Sequence[str]:
-        """The tasks that are not known; empty also where that cannot be told."""
+    @property
+    def catalogue(self) -> Catalogue:
+        """What it knows. The first time this takes as long as importing it."""
 
     def command(self, request: Request) -> Sequence[str]:
         """The command line. Raises Refused for what will never be evaluated."""
@@ -42,7 +44,7 @@ class Program:
         """Commands that have to end well first."""
 
     def check(self, tasks: Sequence[str]) -> Sequence[str]:
-        return self._harness.unknown(tasks)
+        return self._harness.catalogue.unknown(tasks)
 
     def submit(self, request: Request) -> str:
         words = _chained([*self._before, self._harness.command(request)])
