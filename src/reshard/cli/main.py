@@ -27,6 +27,8 @@ VERBS = {
     "convert": "from HuggingFace to Megatron, back, and from one Megatron format to another",
     "average": "write the mean of checkpoints, straight from their shards",
     "verify": "prove that an output is what was written, or what its source says",
+    "watch": "evaluate the checkpoints of a run while it trains",
+    "evals": "show how far the evaluation of a run is, what it measured, and which checkpoint is best",
     "families": "list the model families that convert knows",
     "import": "convert, as Megatron-Bridge spells it: HuggingFace to Megatron",
     "export": "convert, as Megatron-Bridge spells it: Megatron to HuggingFace",

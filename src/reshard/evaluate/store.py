@@ -372,6 +372,24 @@ class Store:
             )
             return [job for id in free if (job := self.job(id)) is not None]
 
+    def take(self, job: Job, owner: str, lease_s: float = LEASE_S) -> bool:
+        """Whether `owner` holds this very job from now on, because nobody else does."""
+        with self.transaction() as connection:
+            now = self.job(job.id)
+            if now is None or now.state != job.state:
+                return False
+            if now.owner not in ("", owner) and now.expires > time.time() and not is_dead(now.owner):
+                return False
+            connection.execute(
+                "UPDATE jobs SET owner = ?, expires = ? WHERE id = ?", (owner, time.time() + lease_s, job.id)
+            )
+        return True
+
+    def let_go(self, job: Job, owner: str) -> None:
+        """Hold a job no longer."""
+        with self.transaction() as connection:
+            connection.execute("UPDATE jobs SET owner = '', expires = 0 WHERE id = ? AND owner = ?", (job.id, owner))
+
     def held_by(self, owner: str) -> list[Job]:
         """The jobs that an owner holds, oldest first."""
         return self._jobs("owner = ?", owner)
@@ -533,6 +551,11 @@ class Store:
                 return None
             connection.execute("UPDATE cursors SET owner = ?, expires = ? WHERE name = ?", (owner, now + lease_s, name))
             return int(offset)
+
+    def cursor(self, name: str) -> int:
+        """How far a logger has read."""
+        found = self._all("SELECT offset FROM cursors WHERE name = ?", name)
+        return int(found[0][0]) if found else 0
 
     def move_cursor(self, name: str, owner: str, offset: int) -> None:
         """A logger has read this far. Raises LeaseLost unless the owner holds it."""

@@ -1,0 +1,75 @@
+"""Where everything of an evaluated run lies: in `RUN/evals`, or where the user says.
+
+evals.jsonl      every metric, once
+evals.sqlite     what is known: see `store.py`
+held/            shards that wait for their merge
+merged/          whole models, while they are evaluated, and those that are kept
+output/          a directory for each attempt, with what the backend left there
+training-ended   made by whoever knows that no checkpoint will come any more
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from reshard.errors import NotFound
+from reshard.evaluate.store import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The paths of one run."""
+
+    run: Path
+    folder: Path
+
+    @classmethod
+    def of(cls, run: Path | str, folder: Path | str | None = None) -> Places:
+        """Of a run that is there. Raises NotFound."""
+        path = Path(os.path.abspath(run))
+        if not path.is_dir():
+            raise NotFound(f"{path}: no such directory")
+        return cls(path, path / "evals" if folder is None else Path(os.path.abspath(folder)))
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "evals.sqlite"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "evals.jsonl"
+
+    @property
+    def end(self) -> Path:
+        return self.folder / "training-ended"
+
+    def held(self, step: int, kind: str, fingerprint: str) -> Path:
+        """Where the shards of a job are held."""
+        return self.folder / "held" / f"step-{step}-{kind}-{fingerprint[:12]}"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    def model(self, job: Job) -> Path:
+        """The whole model of a job."""
+        return self.merged / f"step-{job.step}-{job.kind}-{job.fingerprint[:12]}"
+
+    def output(self, job: Job) -> Path:
+        """A directory for the next attempt of a job that no other attempt ever had, made now."""
+        name = f"attempt-{job.attempts + 1}-{secrets.token_hex(4)}"
+        path = self.folder / "output" / f"step-{job.step}-{job.kind}" / name
+        path.mkdir(parents=True)
+        return path
+
+
+def sweep(folder: Path, wanted: set[str], older_than_s: float = 3600.0) -> None:
+    """Remove what nobody knows of in a directory of ours, once it is old enough not to be in the making."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in wanted and time.time() - path.stat().st_mtime > older_than_s:
+            shutil.rmtree(path, ignore_errors=True)
