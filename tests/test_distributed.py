@@ -24,8 +24,8 @@ import reshard
 from checkpoints import equals, left_in, model, write_dcp
 from reshard.cli.main import main
 from reshard.errors import ReshardError
-from reshard.storage.cluster import cut
 from reshard.storage.launch import Launch, Spread, detect
+from reshard.storage.share import cut
 
 KILLS = 18
 MODEL = model(num_layers=6, width=64)

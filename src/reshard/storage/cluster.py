@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import xxhash
 
 from reshard.core.tensor import Extent, leaves
@@ -47,10 +46,11 @@ from reshard.storage.fill import (
     write_seals,
 )
 from reshard.storage.launch import Launch, Spread
-from reshard.storage.move import Mover, Task, default_threads, tasks
-from reshard.storage.plan import Digest, FilePlan, Plan
+from reshard.storage.move import Mover, default_threads, tasks
+from reshard.storage.plan import Digest, Plan
 from reshard.storage.ranks import Phase, Team
 from reshard.storage.scratch import ScratchExtent
+from reshard.storage.share import Share, share_of
 from reshard.storage.staging import (
     Journal,
     JournalRead,
@@ -67,9 +67,6 @@ from reshard.storage.staging import (
     staging_of,
 )
 from reshard.version import __version__
-
-_TASK_NBYTES = 1 << 14
-"""What a tensor costs besides its bytes."""
 
 _MAX_RUNS = 100_000
 """More are not worth telling: each rank then reads for itself what it lacks of a record to check it."""
@@ -200,7 +197,7 @@ class _Part:
 
     def _lead_filling(self, journal: Journal, folder: Path) -> tuple[dict[tuple[str, int], Digest], _Report]:
         job, team, mover = self.job, self.team, self._mover()
-        share = _share(job.plan, journal.known, team.launch, self.spread)
+        share = share_of(job.plan, journal.known, team.launch, self.spread)
         with opened(job.plan.files, folder) as fds:
             (self.staging / "run").write_text(team.process)
             team.say(Phase.READY)
@@ -228,7 +225,7 @@ class _Part:
         if phase < Phase.COMMITTED:
             self._check_shared()
             known = JournalRead(journal_lines(self.staging / "journal")).known
-            share = _share(job.plan, known, team.launch, self.spread)
+            share = share_of(job.plan, known, team.launch, self.spread)
             mover = self._mover()
             with opened(share.files, self.staging / "files", _reopened) as fds:
                 digests, report = self._fill(share, fds, mover)
@@ -245,7 +242,7 @@ class _Part:
         return Mover(self.job.progress, self.job.block_nbytes)
 
     def _fill(
-        self, share: _Share, fds: Mapping[str, int], mover: Mover
+        self, share: Share, fds: Mapping[str, int], mover: Mover
     ) -> tuple[dict[tuple[str, int], Digest], _Report]:
         """Bring the tensors of this rank to their places, and note them in its own journal."""
         journal = PartJournal(self.staging, self.job.fingerprint, self.team.launch.rank)
@@ -319,71 +316,3 @@ def _check_all_are_done(plan: Plan, digests: Mapping[tuple[str, int], Digest]) -
     missing = [f"{task.name or task.file.path}" for task in tasks(plan) if (task.file.path, task.index) not in digests]
     if missing:
         raise AssertionError(f"no rank has noted {listed(missing)}")
-
-
-# ------------------------------------------------------------------------------------------------ who does what
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """What one rank writes."""
-
-    tasks: Sequence[Task]
-    files: Sequence[FilePlan]
-    """Those that it writes into."""
-    owners: Mapping[str, int]
-    """The rank that writes all of a file, where one does; the first rank writes what is not tensors of any other."""
-
-
-def _share(plan: Plan, known: Mapping[tuple[str, int], Digest], launch: Launch, spread: Spread) -> _Share:
-    """The share of this rank. What is known already costs reading and no writing, so it is dealt out by itself."""
-    writers = spread.writers(launch.world_size)
-    if spread.distributed_save:
-        owners = _owners(plan, writers)
-        chosen = [task for task in tasks(plan) if owners[task.file.path] == launch.rank]
-    else:
-        owners = {}
-        every = tasks(plan)
-        groups = (
-            [task for task in every if (task.file.path, task.index) not in known],
-            [task for task in every if (task.file.path, task.index) in known],
-        )
-        chosen = [task for group in groups for task in _dealt(group, launch.rank, writers)]
-    touched = {task.file.path for task in chosen}
-    return _Share(chosen, [file for file in plan.files if file.path in touched], owners)
-
-
-def _owners(plan: Plan, writers: range) -> dict[str, int]:
-    files = list({task.file.path: task.file for task in tasks(plan)}.values())
-    bounds = cut([file.nbytes for file in files], len(writers))
-    return {
-        file.path: rank
-        for rank, start, stop in zip(writers, bounds, bounds[1:], strict=False)
-        for file in files[start:stop]
-    }
-
-
-def _dealt(group: Sequence[Task], rank: int, writers: range) -> Sequence[Task]:
-    if rank not in writers:
-        return []
-    bounds = cut([task.tensor.nbytes + _TASK_NBYTES for task in group], len(writers))
-    place = writers.index(rank)
-    return group[bounds[place] : bounds[place + 1]]
-
-
-def cut(weights: Sequence[int], count: int) -> list[int]:
-    """`count + 1` bounds that cut a sequence into runs, the heaviest of them as light as can be."""
-    sums = np.concatenate(([0], np.cumsum(np.array(weights, np.int64))))
-    low, high = int(max(weights, default=0)), int(sums[-1])
-    while low < high:
-        limit = (low + high) // 2
-        low, high = (low, limit) if _bounds(sums, limit, count)[-1] == len(weights) else (limit + 1, high)
-    return _bounds(sums, low, count)
-
-
-def _bounds(sums: np.ndarray[tuple[int], np.dtype[np.int64]], limit: int, count: int) -> list[int]:
-    """Runs that are each as long as the limit allows, from the front."""
-    bounds = [0]
-    for _ in range(count):
-        bounds.append(int(np.searchsorted(sums, sums[bounds[-1]] + limit, "right")) - 1)
-    return bounds
