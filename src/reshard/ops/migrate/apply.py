@@ -92,7 +92,8 @@ def migrated(document: Document) -> Migration:
     findings = [builder.settle(setting) for setting in document.settings]
     implied = [finding for row in ROWS if (finding := builder.spell_out(row)) is not None]
     made = builder.made()
-    return Migration(document, builder.seen(findings, made), builder.seen(implied, made), made)
+    spelled_out = tuple(f for f in builder.seen(implied, made) if f.written or f.attention)
+    return Migration(document, builder.seen(findings, made), spelled_out, made)
 
 
 def row_of(path: tuple[str, ...]) -> Row | None:
@@ -125,11 +126,9 @@ class _Builder:
 
     def spell_out(self, row: Row) -> Finding | None:
         """The finding of a setting that is not there, where that means something else in NeMo 2."""
-        section = row.old.partition(".")[0]
+        when = row.when or row.old.partition(".")[0]
         given = self.document.has(row.old) or (row.new is not None and row.new in self.places)
-        if row.absent is NOTHING or given or section not in self.document.sections:
-            return None
-        if row.when and not (self.document.get(row.when) or row.when in self.document.sections):
+        if row.absent is NOTHING or given or not (self.document.get(when) or when in self.document.sections):
             return None
         moved = _as_moved(row.move(row.absent, self.document))
         if moved.value is NOTHING and not moved.attention:

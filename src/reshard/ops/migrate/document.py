@@ -1,7 +1,7 @@
 """A NeMo 1.0 YAML, read as data: every leaf with its line, interpolations resolved where the document alone can.
 
 Hostile until proven otherwise. The events of the parser are counted before anything is built, tags are refused,
-aliases are paid for as often as they are used, and only text, numbers, truth values, nulls, lists and mappings come out.
+aliases are paid for as often as they are used; text, numbers, truth values, nulls, lists and mappings come out.
 """
 
 from __future__ import annotations

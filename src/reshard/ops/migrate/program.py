@@ -20,7 +20,7 @@ def program(migration: Migration) -> str:
     """The text of the program. It compiles, and whatever the YAML holds stays inside literals and comments."""
     calls = migration.calls
     body = [line for section in TARGETS for line in _section(section, calls)]
-    imports = sorted({line for section, arguments in calls.items() for line in _imports(section, arguments)})
+    imports = sorted({line for section in TARGETS for line in _imports(section, calls)})
     parts = [_head(migration), *_grouped(imports), "", *body, *_model(calls), *_main(calls), *_left(migration)]
     return "\n".join(parts).rstrip("\n") + "\n"
 
@@ -129,11 +129,20 @@ def _aside(finding: Finding) -> str:
     return f"  # {_printable(' = '.join(words))}" if words else ""
 
 
-def _imports(section: str, arguments: tuple[Argument, ...]) -> Iterator[str]:
-    yield from _class(section, arguments)[1]
+def _imports(section: str, calls: Mapping[str, tuple[Argument, ...]]) -> Iterator[str]:
+    """The lines that a call needs, and what is made of it."""
+    arguments = calls.get(section, ())
+    if section in calls or any(_wired(section, calls)):
+        yield from _class(section, arguments)[1]
+    if section in calls and section in _MADE_INTO:
+        yield _MADE_INTO[section]
     for argument in arguments:
         if isinstance(argument.value, Code):
             yield from argument.value.imports
+
+
+_MADE_INTO = {"config": "from nemo.collections import llm", "optimizer": "from nemo import lightning as nl"}
+"""Calls whose results `_model` hands to others, and what those need."""
 
 
 def _grouped(imports: list[str]) -> list[str]:
@@ -166,9 +175,14 @@ def _main(calls: Mapping[str, tuple[Argument, ...]]) -> list[str]:
     if not {"config", "data", "trainer", "strategy"} <= calls.keys():
         return []
     extra = [("log", "logger"), ("resume", "resume")]
-    words = [f"{name}={section}" for name, section in extra if section in calls or section == "logger"]
+    words = [f"{name}={section}" for name, section in extra if section in calls or any(_wired(section, calls))]
     words += ["optim=optim"] * ("optimizer" in calls)
-    return ["", 'if __name__ == "__main__":', f"    llm.pretrain(model, data, trainer, {', '.join(words)})", ""]
+    return [
+        "",
+        'if __name__ == "__main__":',
+        f"    llm.pretrain({', '.join(['model', 'data', 'trainer', *words])})",
+        "",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ what is not in there

@@ -82,7 +82,7 @@ class Row:
     absent: Any = NOTHING
     """What NeMo 1 takes when the key is absent, where NeMo 2 would take something else: it is then spelled out."""
     when: str = ""
-    """`absent` counts only where this other setting, or section, is there and not false."""
+    """The setting or section that has to be there, and not false, for `absent` to count; else the row's own section."""
 
     @property
     def parts(self) -> tuple[str, ...]:

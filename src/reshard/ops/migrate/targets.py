@@ -324,7 +324,7 @@ TARGETS: dict[str, Target] = {
         ("from megatron.core.optimizer import OptimizerConfig",),
         _names("""
             optimizer lr min_lr weight_decay fp16 bf16 params_dtype adam_beta1 adam_beta2 adam_eps sgd_momentum
-            use_distributed_optimizer overlap_param_gather overlap_param_gather_with_optimizer_step clip_grad
+            use_distributed_optimizer overlap_param_gather_with_optimizer_step clip_grad
             log_num_zeros_in_grad
         """),
         needs=frozenset({"optimizer"}),

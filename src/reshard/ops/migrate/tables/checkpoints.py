@@ -112,6 +112,7 @@ DIST_CKPT = (
     Row("model.dist_ckpt_load_strictness", "strategy.ckpt_load_strictness", move=_strictness,
         note="since 2.1; False loads checkpoints whose _extra_state differs"),
     Row("exp_manager.checkpoint_callback_params.async_save", "strategy.ckpt_async_save", move=_async, absent=False,
+        when="model",
         note="moves from the callback to the strategy; absent meant False, NeMo 2's default is True; torch_dist only"),
     Row("model.ckpt_load_on_device", note=f"never a setting; the argument is ckpt_load_directly_on_device. {_FREE}"),
     Row("model.ckpt_type", note=f"in the docstring of MegatronStrategy, no parameter. {_FREE}"),

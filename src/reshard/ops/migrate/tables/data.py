@@ -21,6 +21,7 @@ def taken(argument: str) -> Any:
     """Kept, unless the data are mock and MockDataModule does not take it."""
 
     def move(value: Any, settings: Settings) -> Moved:
+        """Not with mock data."""
         if _is_mock(settings) and argument not in MOCK_DATA:
             return Moved(removed=True, note="MockDataModule does not take it")
         return Moved(value)

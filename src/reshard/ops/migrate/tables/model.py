@@ -141,12 +141,18 @@ def _unless(expected: Any, note: str) -> Any:
     return on(attention_when=lambda value: value not in (expected, MISSING), note=note)
 
 
+_LLAMA = "model.scale_positional_embedding"
+"""Where it is on, Llama 3.1's class is taken, whose defaults are not GPTConfig's."""
+_LLAMA_DEFAULTS = {
+    "num_query_groups": None, "layernorm_epsilon": 1e-5, "init_method_std": 0.02, "persist_layer_norm": False,
+    "share_embeddings_and_output_weights": True, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+    "apply_rope_fusion": False,
+}  # fmt: skip
 _SAME = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "layernorm_epsilon", "layernorm_zero_centered_gamma", "init_method_std", "make_vocab_size_divisible_by",
-    "share_embeddings_and_output_weights", "hidden_dropout", "attention_dropout", "seq_len_interpolation_factor",
-    "rotary_interleaved", "persist_layer_norm", "use_cpu_initialization", "overlap_p2p_comm", "batch_p2p_comm",
-    "apply_rope_fusion", "gradient_accumulation_fusion", "enable_cuda_graph", "defer_embedding_wgrad_compute",
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+    "layernorm_zero_centered_gamma", "make_vocab_size_divisible_by", "seq_len_interpolation_factor",
+    "rotary_interleaved", "use_cpu_initialization", "overlap_p2p_comm", "batch_p2p_comm", "enable_cuda_graph",
+    "defer_embedding_wgrad_compute",
     "wgrad_deferral_limit", "cpu_offloading", "cpu_offloading_num_layers", "cpu_offloading_activations",
     "cpu_offloading_weights", "deterministic_mode",
 )  # fmt: skip
@@ -159,19 +165,22 @@ _MOE = (
 
 ARCHITECTURE = (
     *(Row(f"model.{name}", f"config.{name}") for name in _SAME),
+    *(Row(f"model.{name}", f"config.{name}", absent=value, when=_LLAMA) for name, value in _LLAMA_DEFAULTS.items()),
     Row("model.encoder_seq_length", "config.seq_length"),
     Row("model.max_position_embeddings", move=_positions, note="GPTConfig has seq_length alone; MixtralConfig has it"),
-    Row("model.position_embedding_type", "config.position_embedding_type", move=_position_kind),
-    Row("model.rotary_base", "config.rotary_base", move=_rotary_base),
+    Row("model.position_embedding_type", "config.position_embedding_type", move=_position_kind,
+        absent="learned_absolute", when=_LLAMA),
+    Row("model.rotary_base", "config.rotary_base", move=_rotary_base, absent=10000, when=_LLAMA),
     Row("model.rotary_percentage", "config.rotary_percent"),
     Row("model.scale_positional_embedding", "config.", move=_long_rope,
         note="Llama 3.1's rope: the class Llama31Config instead of a flag"),
     *(Row(f"model.{name}", f"config.{name}", move=_rope_factor, note="of Llama31Config only")
       for name in ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")),
-    Row("model.normalization", "config.normalization", move=_normalization),
-    Row("model.activation", "config.activation_func", move=_activation, note="gated_linear_unit beside it"),
+    Row("model.normalization", "config.normalization", move=_normalization, absent="layernorm", when=_LLAMA),
+    Row("model.activation", "config.activation_func", move=_activation, absent="gelu", when=_LLAMA,
+        note="gated_linear_unit beside it"),
     Row("model.openai_gelu", "config.activation_func", move=_openai_gelu, note="openai_gelu goes before activation"),
-    Row("model.bias", "config.add_bias_linear"),
+    Row("model.bias", "config.add_bias_linear", absent=True, when=_LLAMA),
     Row("model.qkv_bias", "config.add_qkv_bias"),
     Row("model.use_scaled_init_method", "config.output_layer_init_method", move=_scaled_init),
     Row("model.override_vocab_size", "config.vocab_size", move=_vocabulary, note="since 2.3"),
@@ -219,6 +228,8 @@ FUSIONS = (
         note="absent meant False under Megatron-Core, GPTConfig's default is True"),
     Row("model.cross_entropy_loss_fusion", "config.cross_entropy_loss_fusion", absent=False, when="model.num_layers",
         note="absent meant False, GPTConfig's default is True"),
+    Row("model.gradient_accumulation_fusion", "config.gradient_accumulation_fusion", absent=False,
+        when="model.num_layers", note="absent meant False, GPTConfig's default is whether the kernel is installed"),
     Row("model.get_attention_mask_from_fusion", note="Transformer Engine makes the mask"),
     Row("model.ub_tp_comm_overlap", "overlap.tp_comm_overlap", move=_overlap, note="a callback of the Trainer"),
     Row("model.ub_tp_comm_overlap_cfg.*", move=on(attention_when=truthy, note="by hand"),

@@ -31,12 +31,11 @@ def _betas(value: Any, _: Settings) -> Moved:
     return Moved(removed=True, attention=True, note="two numbers are expected")
 
 
-def _params_overlap(value: Any, _: Settings) -> Moved:
-    return Moved(value, {"optimizer.overlap_param_gather": value})
-
-
-def _buckets(_: Any, settings: Settings) -> Moved:
-    return Moved(note="Megatron counts parameters, not bytes: DistributedDataParallelConfig(bucket_size=...)")
+def _average(value: Any, settings: Settings) -> Moved:
+    """None and absence become True for mcore_distributed_optim."""
+    if value is not None:
+        return Moved(value)
+    return Moved(True) if settings.get("model.optim.name") == "mcore_distributed_optim" else Moved()
 
 
 def _schedule(value: Any, settings: Settings) -> Moved:
@@ -55,6 +54,7 @@ def scheduled(argument: str) -> Any:
     """Kept where the schedule's class takes it."""
 
     def move(value: Any, settings: Settings) -> Moved:
+        """Where the schedule's class takes it."""
         if _taken(settings, argument):
             return Moved(value)
         lost = value not in (None, 0, 0.0)
@@ -68,6 +68,7 @@ def _share(argument: str) -> Any:
     """A ratio becomes steps where the class takes only steps and max_steps is known."""
 
     def move(value: Any, settings: Settings) -> Moved:
+        """Of max_steps, where the class takes only steps."""
         if value is None or _taken(settings, f"{argument}_ratio"):
             return Moved(removed=value is None) if value is None else Moved(also={f"scheduler.{argument}_ratio": value})
         steps = settings.get(f"{_SCHED}.max_steps", settings.get("trainer.max_steps"))
@@ -105,18 +106,18 @@ OPTIMIZER = (
     Row("model.optim.eps", "optimizer.adam_eps"),
     Row("model.optim.momentum", "optimizer.sgd_momentum"),
     Row("model.optim.overlap_grad_sync", "ddp.overlap_grad_reduce"),
-    Row("model.optim.overlap_param_sync", "ddp.overlap_param_gather", move=_params_overlap,
-        note="in OptimizerConfig too"),
-    Row("model.optim.overlap_param_gather", "ddp.overlap_param_gather", move=_params_overlap,
-        note="in OptimizerConfig too"),
+    Row("model.optim.overlap_param_sync", "ddp.overlap_param_gather",
+        note="from 2.5 on in OptimizerConfig too"),
+    Row("model.optim.overlap_param_gather", "ddp.overlap_param_gather",
+        note="from 2.5 on in OptimizerConfig too"),
     Row("model.optim.overlap_param_gather_with_optimizer_step", "optimizer.overlap_param_gather_with_optimizer_step"),
     Row("model.optim.align_param_gather", "ddp.align_param_gather"),
-    Row("model.optim.average_in_collective", "ddp.average_in_collective"),
+    Row("model.optim.average_in_collective", "ddp.average_in_collective", move=_average, absent=None,
+        when="model.optim", note="absent meant True for mcore_distributed_optim, the config's default is False"),
     Row("model.optim.check_for_nan_in_grad", "ddp.check_for_nan_in_grad",
         note='without a DistributedDataParallelConfig of its own ("megatron") NeMo 2 checks'),
-    Row("model.optim.ddp_bucket_size", "ddp.bucket_size"),
-    Row("model.optim.bucket_cap_mb", move=_buckets,
-        note="of apex's optimizer, in MiB; Megatron's bucket_size counts parameters"),
+    Row("model.optim.ddp_bucket_size", "ddp.bucket_size", note="counts parameters"),
+    Row("model.optim.bucket_cap_mb", note="of apex's optimizer, in MiB; Megatron's bucket_size counts parameters"),
     Row("model.optim.contiguous_grad_buffer", note="always contiguous"),
     Row("model.optim.contiguous_param_buffer", note="always contiguous"),
     Row("model.optim.param_sync_dtype", note="of apex's optimizer; parameters are gathered in their own dtype"),
@@ -146,10 +147,10 @@ SCHEDULE = (
     Row(f"{_SCHED}.warmup_steps", "scheduler.warmup_steps", move=scheduled("warmup_steps"), absent=0, when=_SCHED,
         note="absent meant 0, NeMo 2's default is 750; half of the classes take none"),
     Row(f"{_SCHED}.warmup_ratio", "scheduler.warmup_steps", move=_share("warmup"),
-        note="warmup_ratio where the class has it"),
+        note="stays warmup_ratio where the class has it"),
     Row(f"{_SCHED}.constant_steps", "scheduler.constant_steps", move=scheduled("constant_steps"), absent=0, when=_SCHED,
         note="absent meant 0, NeMo 2's default is 80000"),
-    Row(f"{_SCHED}.constant_ratio", "scheduler.constant_steps", move=_share("constant"), note="steps"),
+    Row(f"{_SCHED}.constant_ratio", "scheduler.constant_steps", move=_share("constant"),),
     Row(f"{_SCHED}.hold_steps", "scheduler.hold_steps", move=scheduled("hold_steps")),
     Row(f"{_SCHED}.hold_ratio", "scheduler.hold_ratio", move=scheduled("hold_ratio")),
     Row(f"{_SCHED}.decay_rate", "scheduler.decay_rate", move=scheduled("decay_rate")),

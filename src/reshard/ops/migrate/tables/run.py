@@ -45,6 +45,12 @@ def _garbage(value: Any, _: Settings) -> Moved:
     return Moved(value, {"garbage.": True, "garbage.gc_interval_val": value})
 
 
+def _class(value: Any, _: Settings) -> Moved:
+    told = "MegatronGPT" not in str(value)
+    note = "no GPT: the config's class and what is particular to it have to be chosen by hand"
+    return Moved(attention=told, note=note if told else "")
+
+
 _WHEN_ON = on(attention_when=truthy, note=_BY_HAND)
 
 PARALLEL = (
@@ -90,7 +96,8 @@ _TRAINER_SAME = (
     "accelerator", "devices", "num_nodes", "max_epochs", "min_epochs", "max_steps", "min_steps", "max_time",
     "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
     "val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps",
-    "accumulate_grad_batches", "enable_progress_bar", "enable_model_summary", "deterministic", "benchmark", "inference_mode", "fast_dev_run",
+    "accumulate_grad_batches", "enable_progress_bar",
+    "enable_model_summary", "deterministic", "benchmark", "inference_mode", "fast_dev_run",
     "detect_anomaly", "barebones", "sync_batchnorm", "reload_dataloaders_every_n_epochs", "default_root_dir",
 )  # fmt: skip
 
@@ -103,7 +110,7 @@ TRAINER = (
     Row("trainer.enable_checkpointing", "trainer.enable_checkpointing",
         note="stays False: NeMoLogger brings the ModelCheckpoint"),
     Row("trainer.gpus", "trainer.devices", note="Lightning 2's name"),
-    Row("trainer.gradient_clip_val", "optimizer.clip_grad", move=_clip, absent=None, when="model.optim",
+    Row("trainer.gradient_clip_val", "optimizer.clip_grad", move=_clip, absent=None, when="trainer",
         note="in the Trainer it raises; absent meant no clipping, OptimizerConfig's default is 1.0"),
     Row("trainer.gradient_clip_algorithm",
         move=on(attention_when=lambda v: v not in (None, "norm"), note="it clips by norm"), note="always by norm"),
@@ -198,7 +205,7 @@ AROUND = (
     Row("run.*", note="of the launcher: NeMo-Run's executor has it"),
     Row("cluster_type", note="of the launcher: NeMo-Run's executor has it"),
     Row("s3_checkpointing.*", note="no counterpart; checkpoint paths of a MultiStorageClient instead"),
-    Row("model.target", note="the class of the model is named in Python"),
+    Row("model.target", move=_class, note="the class of the model is named in Python"),
     Row("model.nemo_version", note="written by NeMo 1"),
 )  # fmt: skip
 
