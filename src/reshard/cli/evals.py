@@ -61,6 +61,8 @@ def _shown(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _show_table(jobs: Sequence[Job], results: Sequence[Result]) -> None:
+    from reshard.evaluate.scan import brief
+
     names = sorted({result.name for result in results})
     kinds = {job.kind for job in jobs} != {"regular"}
     values = {(r.step, r.kind, r.name): f"{r.value:.6g}" for r in results if r.logged}
@@ -68,7 +70,7 @@ def _show_table(jobs: Sequence[Job], results: Sequence[Result]) -> None:
     rows = [
         [
             str(job.step), *([job.kind] if kinds else []), str(job.state), str(job.attempts),
-            *(values.get((job.step, job.kind, name), "") for name in names), job.reason.split("\n")[0],
+            *(values.get((job.step, job.kind, name), "") for name in names), brief(job.reason),
         ]
         for job in jobs
     ]  # fmt: skip

@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     from reshard.evaluate.config import read_settings
     from reshard.evaluate.places import Places
+    from reshard.evaluate.scan import brief
     from reshard.evaluate.watch import watch
 
     gc.enable()  # this process lives long
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     for line in watched.undelivered:
         output.say(f"note: {line}")
     for job in watched.problems:
-        output.say(f"step {job.step} ({job.kind}) has no results: {job.state}: {job.reason}")
+        output.say(f"step {job.step} ({job.kind}) has no results: {job.state}: {brief(job.reason)}")
     return 1 if watched.problems else 0
 
 

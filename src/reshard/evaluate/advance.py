@@ -24,7 +24,7 @@ from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.keep import kept
 from reshard.evaluate.places import Places
 from reshard.evaluate.protect import is_intact, release
-from reshard.evaluate.scan import Scanner, called
+from reshard.evaluate.scan import Scanner, brief, called
 from reshard.evaluate.store import FINAL, OPEN, Job, LeaseLost, State, Store, StoreBusy
 from reshard.storage.staging import staging_of
 
@@ -323,7 +323,7 @@ class Advancer:
             self._fail(job, State.FAILED, reason, permanent=True)
             return
         self._store.end_attempt(job, "lost", reason, self._owner, state=State.MERGED)
-        self._say(f"{called(job)}: attempt {job.attempts} was lost: {reason}; it is sent again")
+        self._say(f"{called(job)}: attempt {job.attempts} was lost: {brief(reason)}; it is sent again")
         self.changed.set()
 
     # ---------------------------------------------------------------------------------------------- the ends
@@ -335,14 +335,14 @@ class Advancer:
         failures = job.failures + 1
         if permanent or ended not in self._config.retry_on or failures > self._config.retries:
             self._end(job, ended, reason, failures=failures)
-            self._say(f"{called(job)} {_ENDED[ended]}: {reason}")
+            self._say(f"{called(job)} {_ENDED[ended]}: {brief(reason)}")
             return
         wait = self._config.retry_wait * 2 ** (failures - 1)
         job = self._store.end_attempt(
             job, ended, reason, self._owner, state=state, failures=failures, not_before=time.time() + wait
         )
         self._store.let_go(job, self._owner)
-        self._say(f"{called(job)} {_ENDED[ended]}: {reason}; tried again in {wait:.0f} s")
+        self._say(f"{called(job)} {_ENDED[ended]}: {brief(reason)}; tried again in {wait:.0f} s")
 
     def _wait(self, job: Job, reason: str) -> None:
         """Nothing is wrong, and it cannot go on now."""

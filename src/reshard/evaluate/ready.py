@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Stamps = Mapping[str, tuple[int, int]]
 """(size, mtime_ns) of files by their paths relative to a checkpoint."""
 EMA_DIRECTORY = "pytorch_ema_model_fsdp_0"
+_EMA_WRITER = "LMMs-Engine (FSDP2)"
 _CONTAINERS = ("checkpoints", "checkpoint")
 _NOT_THE_TRAINER = ("eval",)
 """What evaluations put into a checkpoint."""
@@ -139,7 +140,7 @@ def whole(path: Path, kind: str, base: str | None) -> Whole:
     missing = sorted(set(names) - set(files))
     if missing or not files:
         raise Incomplete(f"{path}: {missing[0] if missing else 'its shards'} went away")
-    return Whole(path, files, sum(size for size, _ in files.values()), found.writer)
+    return Whole(path, files, sum(size for size, _ in files.values()), _EMA_WRITER if kind == "ema" else found.writer)
 
 
 def _found(path: Path, kind: str) -> Found:

@@ -181,6 +181,11 @@ def called(job: Job) -> str:
     return f"step {job.step}" if job.kind == "regular" else f"step {job.step} ({job.kind})"
 
 
+def brief(reason: str) -> str:
+    """The last line of a reason, which is where programs say what went wrong."""
+    return next((line for line in reversed(reason.splitlines()) if line.strip()), "").strip()
+
+
 def is_over(places: Places) -> bool:
     """Whether the trainer has said that no checkpoint will come any more.
 
@@ -207,4 +212,4 @@ class _TrainerState(msgspec.Struct):
     max_steps: int
 
 
-__all__ = ["Scanner", "called", "is_over"]
+__all__ = ["Scanner", "brief", "called", "is_over"]
