@@ -815,7 +815,7 @@ def guide_table(title: str) -> str:
     """The rows of a table as the guide shows them. `python tests/test_migrate.py` writes them there."""
     lines = ["| NeMo 1.0 | NeMo 2.0 | |", "|---|---|---|"]
     for row in TABLES[title]:
-        note = row.note.replace("|", "\\|")
+        note = row.note.replace("|", "\\|").replace("<", "&lt;")
         move = (row.move.__doc__ or "").strip() if row.move is not same and row.new is not None else ""
         what = "; ".join(filter(None, (move.rstrip("."), note)))
         lines.append(f"| `{row.old}` | {_place(row)} | {what} |")

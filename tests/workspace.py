@@ -235,4 +235,5 @@ def write_workspace(directory: Path) -> Path:
     write_local(directory / "fsdp1/checkpoint-500", seed=2)
     torch.save({"state_dict": second, "epoch": 1}, directory / "consolidated.pt")
     tiny_models.make("llama").save_pretrained(directory / "big_model", max_shard_size="10KB")
+    shutil.copy(Path(__file__).parent / "data/nemo/yaml/gpt_v2.4.0.yaml", directory / "megatron_gpt_config.yaml")
     return directory

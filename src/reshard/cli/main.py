@@ -145,7 +145,7 @@ def _complain(message: str, hint: str | None) -> None:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
+    verbs = "\n".join(f"  {name:<{max(map(len, VERBS))}} {what}" for name, what in VERBS.items())
     return f"""\
 reshard {__version__}: shards in, a proven whole model out. No torch, no GPU, nothing in a checkpoint is executed.
 
