@@ -29,6 +29,7 @@ VERBS = {
     "verify": "prove that an output is what was written, or what its source says",
     "watch": "evaluate the checkpoints of a run while it trains",
     "evals": "show how far the evaluation of a run is, what it measured, and which checkpoint is best",
+    "serve": "evaluate checkpoints over HTTP, for trainers, watchers and lmms-eval's clients",
     "families": "list the model families that convert knows",
     "import": "convert, as Megatron-Bridge spells it: HuggingFace to Megatron",
     "export": "convert, as Megatron-Bridge spells it: Megatron to HuggingFace",

@@ -327,11 +327,12 @@ class Store:
                 values.append(value)
         return self._jobs(" AND ".join(where), *values)
 
-    def count(self, states: Iterable[State]) -> int:
-        """How many jobs are in some states."""
+    def count(self, states: Iterable[State], *, before: int | None = None) -> int:
+        """How many jobs are in some states; of those that are older than the one with the number `before`."""
         chosen = sorted(states)
-        marks = ", ".join("?" * len(chosen))
-        return int(self._all(f"SELECT count(*) FROM jobs WHERE state IN ({marks})", *chosen)[0][0])
+        where = f"state IN ({', '.join('?' * len(chosen))})" + ("" if before is None else " AND id < ?")
+        values = chosen if before is None else [*chosen, before]
+        return int(self._all(f"SELECT count(*) FROM jobs WHERE {where}", *values)[0][0])
 
     def version(self) -> int:
         """A number that is another one after any other connection has changed anything."""
