@@ -12,6 +12,7 @@ Source: NeMo `collections/llm/gpt/model/*.py`, `lightning/io/pl.py`, 2.0 to 2.6.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,8 +113,6 @@ def _is_unset(name: str, values: Values, own: Values) -> bool:
 def _window(settings: Values, own: Values) -> Values:
     """NeMo counts a token's own place into its window."""
     window = settings.get("window_size")
-    if isinstance(window, int):  # Gemma 2's
-        return {"window_size": [window, 0]}
     if window is None:
         return {"window_size": None} if own.get("window_size") is not None else {}
     return {"window_size": [window[0] + 1 if window[0] >= 0 else window[0], window[1]]}
@@ -130,6 +129,19 @@ def _scaling(settings: Values, rope: Values, short: str) -> Values:
         "high_freq_factor": rope.get("high_freq_factor", 4.0),
         "old_context_len": rope.get("original_max_position_embeddings", 8192),
     }
+
+
+_BANDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def without_bands(config: Values) -> Values:
+    """A config as if Llama 3.1's rotary embedding had its usual bands: Megatron knows no others, but NeMo does."""
+    result = dict(config)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key)
+        if isinstance(rope, Mapping) and "llama3" in (rope.get("rope_type"), rope.get("type")):
+            result[key] = {name: value for name, value in rope.items() if name not in _BANDS}
+    return result
 
 
 def _check_expressed(values: Values, own: Values, short: str) -> None:
