@@ -43,7 +43,7 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """The dotted name; a part that has a dot or is empty stands in quotes."""
+        """The dotted name; a part that is empty, or has a dot or quotes, stands in quotes."""
         return dotted(self.path)
 
 
@@ -77,8 +77,8 @@ class Document:
 
 
 def dotted(path: tuple[str, ...]) -> str:
-    """The name of a path: `model.optim.lr`."""
-    return ".".join(part if part and "." not in part else f'"{part}"' for part in path)
+    """The name of a path: `model.optim.lr`. No two paths have the same."""
+    return ".".join(part if part and not set('."') & set(part) else f'"{part}"' for part in path)
 
 
 def read(path: Path) -> Document:
