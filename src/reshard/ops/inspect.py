@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.core.checkpoint import Checkpoint
-from reshard.errors import Incomplete, InputError, ReshardError
+from reshard.errors import Corrupt, Incomplete, InputError, ReshardError
 from reshard.formats import open_found
 from reshard.formats.detect import MODEL, Found, find, numbered
 from reshard.storage.files import Files
@@ -104,6 +104,7 @@ def _facts(opened: MegatronCheckpoint) -> dict[str, str]:
     settings = opened.settings
     layers = {None: "", True: "one tensor of each kind for all", False: "numbered"}[opened.stacked]
     rows = {
+        "family": _family(opened),
         "mesh": str(settings.layout or ""),
         "layers": layers,
         "settings": settings.source or "none in the checkpoint",
@@ -113,6 +114,29 @@ def _facts(opened: MegatronCheckpoint) -> dict[str, str]:
         "core": opened.core,
     }
     return {name: value for name, value in rows.items() if value}
+
+
+def _family(opened: MegatronCheckpoint) -> str:
+    """The model family that the tensors and settings are of, or why none is known, and what its tensors lack."""
+    from reshard.dialects import apply, recognise
+    from reshard.dialects.megatron import in_memory
+    from reshard.families import families
+
+    settings = opened.settings
+    try:
+        tensors = in_memory(opened.checkpoint.tensors).tensors
+        found = recognise.recognise(
+            settings.values, families(), tensors, vocab_size=settings.vocab_size, hf_model_id=settings.hf_model_id
+        )
+        facts, _ = apply.present(tensors, found.family, found.family.facts(found.config), on_hub=False)
+        apply.to_hub(tensors, found.family, facts)
+    except Incomplete:
+        return "not told by the settings: convert takes --hf-model MODEL"
+    except Corrupt as error:
+        return f"damaged: {error}"
+    except InputError as error:
+        return f"not recognised: {error}"
+    return f"{found.family.name} ({', '.join(found.config.get('architectures') or ())})"
 
 
 def _described(path: Path, found: Found, opened: Checkpoint, tensors: bool, settings: Path | None) -> Inspection:
