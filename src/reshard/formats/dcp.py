@@ -16,7 +16,6 @@ when sizes do not divide; their true sizes, laid end to end, are taken when they
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from reshard.core.tensor import Concat, Deferred, Extent, Literal, Stored, Tenso
 from reshard.errors import Corrupt, Incomplete, InputError, ReshardError, Unsupported, listed
 from reshard.formats import safetensors
 from reshard.formats.torch_tensor import check_storage, stored, walk
+from reshard.storage import tar
 from reshard.storage.files import Files, LazySource, gc_paused
 from reshard.storage.scratch import Scratch, ScratchExtent, stream, zstd
 from reshard.storage.torch_zip import SMALL_NBYTES
@@ -137,8 +137,7 @@ def open(path: Path, *, verify: bool = False, is_wanted: Callable[[str], bool] =
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    with os.scandir(path) as entries:
-        return {e.name: e.stat().st_size for e in entries if e.is_file()}
+    return tar.sizes(path)
 
 
 def _metadata_files(path: Path, sizes: Mapping[str, int]) -> list[str]:

@@ -15,13 +15,13 @@ recognised child. Nothing but names, sizes and the first bytes of single files i
     adapter_model.safetensors                                     model              huggingface
     latest + TAG/*_states.pt, zero/*/fp32.pt                      model              deepspeed
     iter_N/, release/, metadata.json, mp_rank_*/, weights/        model, optimizer   megatron
+    *.nemo, or any tar archive of such a directory                model              megatron
     KEY/.zarray                                                   model              zarr
     *.safetensors, *.pt, *.pth, *.bin, *.ckpt                     model              safetensors, torch_save
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +29,8 @@ from pathlib import Path
 
 from reshard.errors import Incomplete, InputError, NotFound, listed
 from reshard.formats.megatron_directory import TRACKER, directory_of, has_optimizer, is_rank_directory, recognise
+from reshard.storage import tar
+from reshard.storage.tar import ArchivePath
 
 MODEL, OPTIMIZER, EMA, EXTRA = "model", "optimizer", "ema", "extra"
 _DEPTH = 4
@@ -77,7 +79,7 @@ _WHOLE = {
     "torch_save": ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),
 }
 """Files of whole models and adapters, by the format that reads them."""
-_SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_SINGLE = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".nemo")
 _PASS_THROUGH = (
     "weights",
     "hf_weights",
@@ -98,9 +100,14 @@ def find(path: Path, *, step: int | None = None, state_dict_dirname: str | None 
     of the model's shards, such as `pytorch_ema_model_fsdp_0`. Raises NotFound, Incomplete, or InputError when several
     things are there and it is not clear which is meant.
     """
-    path = Path(os.path.abspath(path))
+    path = tar.at(path)
     if not path.exists():
         raise NotFound(f"{path}: no such file or directory")
+    if isinstance(path, ArchivePath):
+        found = _megatron(directory_of(path), step)
+        if found is not None:
+            return replace(found, companions=_companions(found))
+        path = Path(path)
     if path.is_file():
         return _of_file(path)
     if is_rank_directory(path.name):
@@ -408,7 +415,7 @@ def _below(path: Path, names: Sequence[str], step: int | None, dirname: str | No
         return candidates[0]
     singles = [n for n in names if n.endswith(_SINGLE) and (path / n).is_file()]
     if len(singles) == 1 and depth == _DEPTH:
-        return _of_file(path / singles[0])
+        return find(path / singles[0])
     if len(singles) > 1 and depth == _DEPTH:
         raise InputError(f"{path} holds several files: {listed(singles)}", hint="name the one you mean")
     return None
@@ -447,6 +454,6 @@ def _step_of(path: Path) -> int | None:
 
 def _names(path: Path) -> list[str]:
     try:
-        return sorted(os.listdir(path))
+        return tar.names(path)
     except PermissionError as error:
         raise InputError(f"{path} cannot be listed: {error.strerror}") from error

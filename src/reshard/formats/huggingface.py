@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +31,7 @@ from reshard.core.dtypes import dtype
 from reshard.core.tensor import Stored, Tensor
 from reshard.errors import Corrupt, Incomplete, InputError, Mismatch, NotFound, Unsupported, listed
 from reshard.formats import safetensors
+from reshard.storage import tar
 from reshard.storage.files import Files, LazySource, file_extent
 from reshard.storage.plan import FilePlan, Plan, Segment
 
@@ -193,10 +193,10 @@ def companions(directory: Path) -> tuple[Mapping[str, Any] | None, dict[str, Ten
     if not directory.is_dir():
         raise NotFound(f"{directory}: no such directory")
     config = read_json(directory / CONFIG) if _is_file(directory / CONFIG) else None
-    names = [n for n in sorted(os.listdir(directory)) if any(fnmatchcase(n, pattern) for pattern in COMPANIONS)]
+    names = [n for n in tar.names(directory) if any(fnmatchcase(n, pattern) for pattern in COMPANIONS)]
     names += sorted(_code(directory))
     if (directory / TEMPLATES).is_dir():
-        names += [f"{TEMPLATES}/{n}" for n in sorted(os.listdir(directory / TEMPLATES)) if n.endswith(".jinja")]
+        names += [f"{TEMPLATES}/{n}" for n in tar.names(directory / TEMPLATES) if n.endswith(".jinja")]
     return config, {name: asset(directory / name) for name in names if _is_file(directory / name)}
 
 

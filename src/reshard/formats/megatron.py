@@ -3,6 +3,7 @@
     torch_dist     DCP by `torch.distributed.checkpoint` with Megatron's keys: layers stacked or numbered
     fsdp_dtensor   DCP of Megatron-FSDP: `model.` or `model.module.` in front, layers and experts numbered
     zarr           a directory of chunks for each tensor, keys as torch_dist's; see `zarr.py`
+    .nemo          NeMo 1's archive of one of these, read where it lies
     legacy         one torch.save file for each rank of the model; see `megatron_legacy.py`
 
     beside the tensors                    what becomes of it
@@ -29,7 +30,7 @@ from typing import Any
 from reshard.core.checkpoint import Checkpoint
 from reshard.core.tensor import Tensor
 from reshard.errors import NotFound, Unsupported, listed
-from reshard.formats import dcp, megatron_legacy, megatron_settings, nemo2_context, torch_save, zarr
+from reshard.formats import dcp, megatron_legacy, megatron_settings, nemo1, nemo2_context, torch_save, zarr
 from reshard.formats.megatron_directory import FSDP_DTENSOR, TORCH_DIST, ZARR, Located, locate
 from reshard.formats.megatron_settings import Settings
 from reshard.storage.unpickle import Inert, Rebuilt, TensorRef
@@ -238,10 +239,15 @@ def _settings(located: Located, common: Mapping[str, Any]) -> Settings:
     """From the file that says most, or from the arguments in the checkpoint."""
     context = located.context if located.context and nemo2_context.describes(located.context) else None
     stated = megatron_settings.first_stated(
-        (located.run_config, megatron_settings.of_run_config), (context, nemo2_context.settings_of)
+        (located.run_config, megatron_settings.of_run_config),
+        (context, nemo2_context.settings_of),
+        (located.model_config, nemo1.settings_of),
     )
     if stated is not None:
         return stated
+    hyper = nemo1.settings_among(common, str(located.weights))
+    if hyper is not None:
+        return hyper
     if isinstance(common.get("args"), Inert | Mapping):
         return megatron_settings.of_args(common["args"])
     return (

@@ -4,12 +4,14 @@
     RUN/iter_0000500/, RUN/release/           the weights of Megatron-LM, Megatron-Bridge, slime and ms-swift
     RUN/global_step_500/actor/dist_ckpt/      verl's, with huggingface/ beside it
     CKPT/weights/, CKPT/context/              NeMo 2's
-    DIR/model_weights/, DIR/model_config.yaml NeMo 1's, extracted
+    x.nemo, DIR/model_weights/, model_config.yaml   NeMo 1's archive, or extracted; see `nemo1.py`
+    EXP/checkpoints/NAME/, EXP/hparams.yaml   NeMo 1's run
 
     in the weights' directory                 format
     metadata.json {"sharded_backend": ...}    torch_dist or zarr
     .metadata alone, keys from `model.` on    fsdp_dtensor
     mp_rank_*/model_optim_rng.pt              megatron_legacy
+    model_weights.ckpt, tp_rank_*/*.ckpt      megatron_legacy
 
 Source: Megatron-LM `megatron/training/checkpointing.py`, Megatron-Bridge `training/utils/checkpoint_utils.py`, NeMo
 `lightning/io/pl.py`, verl `utils/checkpoint/megatron_checkpoint_manager.py`.
@@ -18,7 +20,6 @@ Source: Megatron-LM `megatron/training/checkpointing.py`, Megatron-Bridge `train
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Literal
 
 from reshard.errors import Corrupt, Incomplete, InputError, NotFound, Unsupported, listed
+from reshard.storage import tar
+from reshard.storage.tar import ArchivePath
 
 TORCH_DIST, FSDP_DTENSOR, ZARR, LEGACY = "torch_dist", "fsdp_dtensor", "zarr", "megatron_legacy"
 Iteration = int | Literal["release"] | None
@@ -65,6 +68,8 @@ class Located:
     """NeMo 2's context directory."""
     transformer_config: Path | None = None
     """verl's transformer_config.json."""
+    model_config: Path | None = None
+    """NeMo 1's model_config.yaml or hparams.yaml."""
     tokenizer: Path | None = None
     """A directory with tokenizer files."""
     huggingface: Path | None = None
@@ -88,7 +93,7 @@ def locate(path: Path, iteration: int | None = None) -> Located:
     `iteration` picks one of a run; otherwise the tracker's is taken, or the newest complete one when that is missing.
     Raises NotFound for what is not Megatron's, Incomplete for what a crashed save left.
     """
-    path = Path(os.path.abspath(path))
+    path = tar.at(path)
     if not path.exists():
         raise NotFound(f"{path}: no such file or directory")
     found = recognise(directory_of(path), iteration)
@@ -130,9 +135,19 @@ def has_optimizer(located: Located) -> bool:
 
 def directory_of(path: Path) -> Path:
     """The directory of weights, or of a run, that a file or a rank's directory in it belongs to."""
-    directory = path if path.is_dir() else path.parent
+    directory = _packed(path) if path.is_dir() else path.parent
     is_inner = is_rank_directory(directory.name) or (directory / ".zarray").is_file()
     return directory.parent if is_inner else directory
+
+
+def _packed(path: Path) -> Path:
+    """Where in an archive its model is: the folder with its configuration, if one was packed with its name."""
+    if not isinstance(path, ArchivePath) or path.inner:
+        return path
+    folder = path
+    while len(tar.names(folder)) == 1 and (folder / tar.names(folder)[0]).is_dir() and not _weights_in(folder):
+        folder = folder / tar.names(folder)[0]
+    return folder
 
 
 def _weights_in(path: Path, depth: int = 2) -> tuple[Path, str] | None:
@@ -159,7 +174,7 @@ def _format(path: Path) -> str | None:
             return TORCH_DIST
         if backend is not None:
             raise Unsupported(f"{path / 'metadata.json'}: the sharded backend {backend!r:.100} is not known")
-    if any(is_rank_directory(name) and _rank_file(path / name) for name in names):
+    if "model_weights.ckpt" in names or any(is_rank_directory(name) and rank_file(path / name) for name in names):
         return LEGACY
     if ".metadata" in names:
         return _dcp(path, names)
@@ -190,8 +205,20 @@ def _backend(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _rank_file(path: Path) -> Path | None:
-    return next((path / name for name in RANK_FILES if (path / name).is_file()), None)
+def rank_file(path: Path) -> Path | None:
+    """The model's file in the directory of a rank; Lightning names it as it likes, and there is one."""
+    named = next((path / name for name in RANK_FILES if (path / name).is_file()), None)
+    if named is not None or not path.is_dir():
+        return named
+    others = [name for name in _names(path) if name.endswith(".ckpt")]
+    if len(others) > 1:
+        last = [name for name in others if name.endswith("-last.ckpt")]
+        if len(last) != 1:
+            raise InputError(
+                f"{path} holds several checkpoints: {listed(others)}", hint="move the others out, on every rank"
+            )
+        others = last
+    return path / others[0] if others else None
 
 
 def _described(weights: Path, format: str) -> Located:
@@ -203,6 +230,7 @@ def _described(weights: Path, format: str) -> Located:
     numbered = _iteration_of(checkpoint.name)
     root = checkpoint.parent if numbered is not None else checkpoint
     context = _first(places, "context", directory=True)
+    model_config = _model_config(places)
     found = Located(
         root,
         weights,
@@ -212,10 +240,30 @@ def _described(weights: Path, format: str) -> Located:
         run_config=_first(places, "run_config.yaml"),
         context=context,
         transformer_config=_first(places, "transformer_config.json"),
+        model_config=model_config,
         tokenizer=_tokenizer(places, context),
         huggingface=_huggingface(places),
+        notices=weights.archive.notices if isinstance(weights, ArchivePath) else (),
     )
+    _check_finished(checkpoint)
     return replace(found, writer=_writer(found, places), companions=_companions(found, places))
+
+
+def _model_config(places: Sequence[Path]) -> Path | None:
+    """NeMo 1's configuration: in the archive's folder, or in that of a run around its checkpoints."""
+    inside = _first(places, "model_config.yaml")
+    above = places[-1].parent
+    if inside is not None or above.name != "checkpoints":
+        return inside
+    return _first([above.parent, above], "hparams.yaml")
+
+
+def _check_finished(checkpoint: Path) -> None:
+    """Raise Incomplete where NeMo's marker says that the save did not finish."""
+    marker = checkpoint.parent / f"{checkpoint.name}-unfinished"
+    if not isinstance(checkpoint, ArchivePath) and marker.exists():
+        raise Incomplete(f"{checkpoint}: {marker.name} beside it says that the save did not finish",
+                         hint="use an earlier checkpoint")  # fmt: skip
 
 
 def _iteration_of(name: str) -> Iteration:
@@ -246,7 +294,7 @@ def _huggingface(places: Sequence[Path]) -> Path | None:
 def _writer(found: Located, places: Sequence[Path]) -> str:
     if found.context is not None:
         return "NeMo 2"
-    if found.weights.name == "model_weights" or _first(places, "model_config.yaml"):
+    if found.weights.name == "model_weights" or found.model_config:
         return "NeMo 1"
     if found.run_config is not None:
         return "Megatron-Bridge"
@@ -297,7 +345,8 @@ def _of_run(run: Path, iterations: list[tuple[int, Path]], wanted: int | None) -
         inside = _whole_in(path)
         if inside is not None:
             notices = tuple(f"{what}: {path.name} is read" for what in skipped)
-            return replace(_described(*inside), root=run, notices=notices)
+            found = _described(*inside)
+            return replace(found, root=run, notices=found.notices + notices)
         named = f", which {TRACKER} names," if path in first else ""
         skipped.append(f"{path.name}{named} {'is empty' if _is_left_empty(path) else 'holds no weights'}")
     raise Incomplete(
@@ -354,12 +403,12 @@ def _tracked(run: Path) -> str | None:
 
 def _head(path: Path, nbytes: int) -> bytes:
     with path.open("rb") as file:
-        return file.read(min(nbytes, os.fstat(file.fileno()).st_size))  # `read` sets aside all that it is asked for
+        return file.read(min(nbytes, path.stat().st_size))  # `read` sets aside all that it is asked for
 
 
 def _names(path: Path) -> list[str]:
     try:
-        return sorted(os.listdir(path))
+        return tar.names(path)
     except NotADirectoryError:
         return []
     except OSError as error:

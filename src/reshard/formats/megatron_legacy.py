@@ -28,7 +28,6 @@ Source: Megatron-LM `megatron/training/checkpointing.py`, `core/transformer/{mlp
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -40,10 +39,11 @@ from typing import Any, NamedTuple
 from reshard.core.checkpoint import Checkpoint, Origin, same_bytes
 from reshard.core.tensor import Source, Tensor, concat, leaves
 from reshard.errors import Corrupt, Incomplete, Unsupported, listed
-from reshard.formats import torch_save
-from reshard.formats.megatron_directory import LEGACY, RANK_FILES, Located
+from reshard.formats import nemo1, torch_save
+from reshard.formats.megatron_directory import LEGACY, RANK_FILES, Located, rank_file
 from reshard.formats.megatron_settings import Layout, Settings, of_args
 from reshard.formats.torch_distributed import plain_tensor
+from reshard.storage import tar
 from reshard.storage.files import Files, LazySource
 from reshard.storage.unpickle import Inert, QTensorRef, Rebuilt
 
@@ -86,7 +86,7 @@ def open(located: Located, *, stated: Settings | None = None, verify: bool = Fal
     directories = _directories(located.weights)
     read = {numbers: _RankFile.read(_file(located.weights / name), files) for numbers, name in directories.items()}
     first = next(iter(read.values()))
-    settings = stated or (of_args(first.args) if first.args is not None else Settings())
+    settings = stated or first.stated or (of_args(first.args) if first.args is not None else Settings())
     ranks = {_rank(n, settings.layout, read): file for n, file in read.items()}
     _check_complete(located.weights, ranks, settings.layout)
     _check_distinct(located.weights, {rank: file.chunks for rank, file in ranks.items()}, files)
@@ -125,6 +125,8 @@ class _RankFile:
     path: Path
     chunks: list[dict[str, Tensor]] = field(default_factory=list)
     args: Any = None
+    stated: Settings | None = None
+    """Where they are not arguments."""
     version: float | None = None
     iteration: int | None = None
     num_extra_states: int = 0
@@ -152,7 +154,12 @@ class _RankFile:
             (int(m[1]), k) for k in value if isinstance(k, str) and (m := re.fullmatch(r"model_?(\d+)", k))
         )
         wrapped = [value["model"]] if "model" in value else [value[key] for _, key in numbered]
-        if not wrapped:  # NeMo: the state dict itself
+        if isinstance(value.get("state_dict"), Mapping):  # a run of NeMo 1's, as Lightning saves it
+            self.stated = nemo1.settings_among(value, str(self.path))
+            self.iteration = value["global_step"] if type(value.get("global_step")) is int else None
+            self.num_states = len(value["optimizer_states"]) if isinstance(value.get("optimizer_states"), list) else 0
+            return [value["state_dict"]]
+        if not wrapped:  # NeMo 1: the state dict itself
             return [value]
         args, version = value.get("args"), value.get("checkpoint_version")
         self.args = args if isinstance(args, Inert | Mapping) else None
@@ -198,19 +205,19 @@ class _RankFile:
 def _directories(path: Path) -> dict[tuple[int, ...], str]:
     """Names of the ranks' directories by the numbers in them."""
     found: dict[tuple[int, ...], str] = {}
-    for name in sorted(os.listdir(path)):
+    for name in tar.names(path):
         match = _DIRECTORY.fullmatch(name)
         if match and (path / name).is_dir():
             found[tuple(int(n) for n in match.groups() if n is not None)] = name
     if len({len(numbers) for numbers in found}) > 1:
         raise Corrupt(f"{path}: the directories of several saves: {listed(found.values())}")
-    return found
+    return found or {(0,): ""}  # NeMo 1 has a single rank's file here
 
 
 def _file(directory: Path) -> Path:
-    there = next((directory / name for name in RANK_FILES if (directory / name).is_file()), None)
+    there = rank_file(directory)
     if there is None:
-        found = listed(sorted(os.listdir(directory))) or "it is empty"
+        found = listed(tar.names(directory)) or "it is empty"
         raise Incomplete(
             f"{directory} holds none of {', '.join(RANK_FILES)}: {found}",
             hint="copy it from the node that wrote it",

@@ -70,6 +70,8 @@ class Settings:
     """The HuggingFace model that it was made from."""
     vocab_size: int | None = None
     """Of the tokenizer, where that is stated for certain: tensors may have more rows than this."""
+    tokenizer: str | None = None
+    """The name on the hub of a tokenizer whose files are not in the checkpoint."""
     notices: tuple[str, ...] = ()
     """What the reader saw that the user should know."""
 
@@ -91,7 +93,7 @@ class Settings:
 
 def of_run_config(path: Path) -> Settings:
     """Of Megatron-Bridge's run_config.yaml. Raises Corrupt when it is not one."""
-    document = _yaml(path)
+    document = read_yaml(path)
     model, tokenizer = _mapping(document, "model", path), document.get("tokenizer")
     stated = tokenizer.get("vocab_size") if isinstance(tokenizer, Mapping) else None
     vocab_size = stated if type(stated) is int else None
@@ -102,7 +104,7 @@ def of_run_config(path: Path) -> Settings:
 
 def of_model_yaml(path: Path) -> Settings:
     """Of NeMo 2's context/model.yaml. Raises Corrupt when it is not one."""
-    document = _yaml(path)
+    document = read_yaml(path)
     values = dict(_mapping(document, "config", path))
     if isinstance(document.get("_target_"), str):
         values["model_class"] = document["_target_"]
@@ -149,7 +151,7 @@ def _bounded(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _yaml(path: Path) -> Mapping[str, Any]:
+def read_yaml(path: Path) -> Mapping[str, Any]:
     """The document, reduced to plain values. Tags that name Python objects are looked through, never followed."""
     try:
         document = plain(yaml.load(_bounded(path), Loader=_Loader))

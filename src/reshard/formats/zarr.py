@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from reshard.core.dtypes import DType, dtype
 from reshard.core.tensor import Concat, Deferred, Extent, Stored, Tensor, row_major
 from reshard.errors import Corrupt, Incomplete, NotFound, Unsupported, listed
 from reshard.formats import torch_save
+from reshard.storage import tar
 from reshard.storage.files import Files, LazySource
 from reshard.storage.scratch import Scratch, stream, zstd
 
@@ -327,8 +327,7 @@ def matches(path: Path) -> bool:
     """Whether a directory is an array, or one of arrays."""
     if (path / HEADER).is_file():
         return True
-    with os.scandir(path) as entries:
-        return any((path / entry.name / HEADER).is_file() for entry in entries)
+    return any((path / name / HEADER).is_file() for name in tar.names(path))
 
 
 def open(path: Path, *, is_wanted: Callable[[str], bool] = lambda _: True) -> Checkpoint:
@@ -372,8 +371,7 @@ def _header_bytes(directory: Path) -> bytes:
 
 def _listing(directory: Path) -> dict[str, int]:
     """Sizes of the files in a directory by name."""
-    with os.scandir(directory) as entries:
-        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    return tar.sizes(directory)
 
 
 def _chunks(directory: Path, sizes: Mapping[str, int], separator: str) -> dict[str, Extent]:

@@ -1,5 +1,7 @@
 """Local files: reading extents, and the ledger that holds what was read against the checksums of the container.
 
+A path may lead into a tar archive: `x.nemo/model_weights/__0_0.distcp` is read where it lies; see `tar.py`.
+
 A `Reader` is the `Source` of one thread. All readers of a run share the open files and the ledger.
 """
 
@@ -18,6 +20,7 @@ import numpy as np
 from reshard.core.box import Shape
 from reshard.core.tensor import Array, Extent
 from reshard.errors import Corrupt, Incomplete, NotFound
+from reshard.storage import tar
 from reshard.storage.crc import checksum, combine
 
 _OPEN_FILES = 512
@@ -40,14 +43,16 @@ class Files:
         view = memoryview(out)
         wanted = view.nbytes
         try:
-            got = os.preadv(descriptor.fd, [view], offset)
+            got = os.preadv(descriptor.fd, [view], descriptor.start + offset)
             while 0 < got < wanted:
-                more = os.preadv(descriptor.fd, [view.cast("B")[got:]], offset + got)
+                more = os.preadv(descriptor.fd, [view.cast("B")[got:]], descriptor.start + offset + got)
                 if more == 0:
                     break
                 got += more
         except OSError as error:
             raise OSError(error.errno, f"reading {wanted} bytes at offset {offset}: {error.strerror}", path) from error
+        if descriptor.start:  # an archive goes on behind its member
+            got = min(got, max(0, descriptor.nbytes - offset))
         if got != wanted:
             raise Incomplete(
                 f"{path}: {wanted} bytes wanted at offset {offset}, the file ends after {got}",
@@ -60,7 +65,7 @@ class Files:
         if offset + nbytes > descriptor.nbytes:
             raise Incomplete(f"{path}: {nbytes} bytes wanted at offset {offset} of {descriptor.nbytes}")
         try:
-            data = os.pread(descriptor.fd, nbytes, offset)
+            data = os.pread(descriptor.fd, nbytes, descriptor.start + offset)
         except OSError as error:
             raise OSError(error.errno, f"reading {nbytes} bytes at offset {offset}: {error.strerror}", path) from error
         if len(data) != nbytes:  # the kernel gives at most 2 GiB at once
@@ -91,15 +96,24 @@ class Files:
 class _Descriptor:
     """A file descriptor that is closed when no one refers to it any more."""
 
-    __slots__ = ("fd", "nbytes")
+    __slots__ = ("fd", "nbytes", "start")
 
     def __init__(self, path: str) -> None:
         self.fd = -1
+        self.start = 0
+        """Where the file begins in the one that is open: 0 unless it is a member of an archive."""
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise NotFound(f"{path}: no such file") from error
-        self.nbytes = os.fstat(self.fd).st_size
+        except NotADirectoryError as error:
+            found = tar.member(path)
+            if found is None:
+                raise NotFound(f"{path}: no such file") from error
+            archive, (self.start, self.nbytes) = found
+            self.fd = archive.descriptor()
+        else:
+            self.nbytes = os.fstat(self.fd).st_size
 
     def __del__(self) -> None:
         if self.fd >= 0:

@@ -12,6 +12,7 @@ import xxhash
 
 from reshard.core.tensor import Tensor
 from reshard.errors import Mismatch, NotFound
+from reshard.storage import tar
 from reshard.storage.move import (
     BLOCK_NBYTES,
     Mover,
@@ -201,8 +202,8 @@ def source_stamp(plan: Plan) -> Stamp:
     stamps = []
     for path in plan.sources():
         try:
-            stat = os.stat(path)
-        except FileNotFoundError as error:
+            stat = tar.status(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFound(f"{path}: no such file") from error
         stamps.append((path, stat.st_size, stat.st_mtime_ns, stat.st_ino))
     return stamps

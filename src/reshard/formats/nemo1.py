@@ -1,0 +1,288 @@
+"""What NeMo 1 says of a model: the settings in an archive's model_config.yaml, and the tokenizer beside it.
+
+    model_config.yaml                      the model's part of the training configuration, as OmegaConf writes it
+    <32 hex digits>_tokenizer.model        files of the archive, which the YAML calls `nemo:<32 hex digits>_NAME`
+    hparams.yaml                           of a training run, in the folder above `checkpoints`: the same behind `cfg:`
+    hyper_parameters                       in a training checkpoint's common.pt or rank files: the same as an object
+
+Whatever the YAML does not say NeMo 1 takes from defaults of its own code, so these are values that were trained with,
+and count as said. Any setting of Megatron-Core's own name is handed on to it.
+
+Source: NeMo `collections/nlp/models/language_modeling/megatron_base_model.py:build_transformer_config`,
+`megatron_gpt_model.py`, `collections/nlp/parts/nlp_overrides.py`, 1.20 to 2.4.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from reshard.core.tensor import Tensor
+from reshard.errors import Unsupported, listed
+from reshard.formats import huggingface, megatron_settings, token_count
+from reshard.formats.megatron_settings import Settings
+from reshard.storage.unpickle import Inert
+
+MODEL_CONFIG = "model_config.yaml"
+HPARAMS = "hparams.yaml"
+
+_DEFAULTS: Mapping[str, Any] = {
+    "rotary_base": 10000,
+    "rotary_percentage": 1.0,
+    "position_embedding_type": "learned_absolute",
+    "normalization": "layernorm",
+    "layernorm_epsilon": 1e-5,
+    "activation": "gelu",
+    "bias": True,
+    "qkv_bias": False,
+    "share_embeddings_and_output_weights": True,
+}
+"""What NeMo 1's code takes for what a YAML leaves out."""
+
+_EXPERT_DEFAULTS: Mapping[str, Any] = {"moe_router_topk": 2, "moe_router_pre_softmax": False}
+
+_RENAMED = {
+    "encoder_seq_length": "seq_length",
+    "rotary_percentage": "rotary_percent",
+    "bias": "add_bias_linear",
+    "qkv_bias": "add_qkv_bias",
+    "override_vocab_size": "vocab_size",
+}
+"""NeMo 1's field: the setting. Fields that are not listed have the setting's own name."""
+
+_LLAMA31 = {"scale_factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
+"""Of a scaled rotary embedding, with NeMo's defaults; ignored unless scale_positional_embedding is set."""
+
+_NORMS = {
+    "rmsnorm": ("RMSNorm", False),
+    "layernorm": ("LayerNorm", False),
+    "low_precision_layernorm": ("LayerNorm", False),
+    "layernorm1p": ("LayerNorm", True),
+}
+"""(normalization, layernorm_zero_centered_gamma)."""
+
+_ACTIVATIONS = {
+    "gelu": ("gelu", False),
+    "geglu": ("gelu", True),
+    "fast-geglu": ("gelu", True),
+    "reglu": ("relu", True),
+    "fast-reglu": ("relu", True),
+    "swiglu": ("silu", True),
+    "fast-swiglu": ("silu", True),
+    "squared-relu": ("squared_relu", False),
+}
+"""(activation_func, gated_linear_unit)."""
+
+_NOT_SETTINGS = frozenset(
+    {"activation", "name", "target", "precision", "tokenizer", "data", "optim", "nsys_profile", "nemo_version", "peft",
+     "scale_positional_embedding", "mcore_customization_config", "mcore_gpt", "model_class", "hf_model_id", "_target_",
+     "activation_func", "params_dtype", "rope_scaling", "rope_scaling_factor", *_LLAMA31}
+)  # fmt: skip
+"""Fields that are read on their own, or that mean something else than the setting of their name."""
+
+_INTERPOLATION = re.compile(r"\$\{\s*\.?(?:model\.|cfg\.)?(\w+)\s*\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """The tokenizer that a configuration names."""
+
+    files: Mapping[str, Path]
+    """Those that lie beside it, by the names that HuggingFace has for them."""
+    hub: str | None = None
+    """The name of a tokenizer on the hub, whose files NeMo 1 does not keep."""
+    is_plain: bool = True
+    """Whether the tokens are those of the files, and no more."""
+
+
+def settings_of(path: Path) -> Settings:
+    """The settings in a model_config.yaml or hparams.yaml. Raises Corrupt when it is none, Unsupported for a model
+    that is no GPT's."""
+    document = megatron_settings.read_yaml(path)
+    found = _settings(document.get("cfg", document) if path.name == HPARAMS else document, str(path))
+    tokenizer = tokenizer_of(path)
+    listing = next((tokenizer.files[n] for n in ("tokenizer.model", "tokenizer.json") if n in tokenizer.files), None)
+    count = token_count.count(listing) if listing is not None and tokenizer.is_plain else None
+    return replace(found, vocab_size=count, tokenizer=tokenizer.hub)
+
+
+def settings_among(values: Mapping[Any, Any], where: str) -> Settings | None:
+    """The settings among what Lightning keeps in a training checkpoint; None where there are none."""
+    hyper = _plain(values.get("hyper_parameters"))
+    found = hyper.get("cfg", hyper) if isinstance(hyper, Mapping) else None
+    if not isinstance(found, Mapping) or "num_layers" not in found:
+        return None
+    return replace(_settings(found, where), source="hyper_parameters")
+
+
+def _settings(document: Mapping[str, Any], where: str) -> Settings:
+    if not isinstance(document, Mapping) or "hidden_size" not in document:
+        _refuse_others(document if isinstance(document, Mapping) else {}, where)
+        raise Unsupported(f"{where} describes no language model: it has no hidden_size")
+    _refuse_others(document, where)
+    stated = {name: _resolved(document, value) for name, value in document.items()}
+    stated = {name: value for name, value in stated.items() if value is not None and value != "???"}
+    stated = {**_DEFAULTS, **(_EXPERT_DEFAULTS if stated.get("num_moe_experts") else {}), **stated}
+    values = {_RENAMED.get(name, name): value for name, value in stated.items() if _is_setting(name, value)}
+    for derive in (_attention, _norm, _activation, _window, _scaling, _fp8):
+        values |= derive(stated, where)
+    more = stated.get("mcore_customization_config")
+    values |= {str(name): value for name, value in more.items()} if isinstance(more, Mapping) else {}
+    _check_resolved(values, where)
+    return megatron_settings.settings(values, MODEL_CONFIG, None)
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    return name not in _NOT_SETTINGS and not isinstance(value, Mapping)
+
+
+def _refuse_others(document: Mapping[str, Any], where: str) -> None:
+    """Raise Unsupported for models that are no GPT's, and for adapters."""
+    target = document.get("target")
+    if isinstance(target, str) and not re.search(r"megatron_?gpt|MegatronGPT|megatrongpt", target, re.IGNORECASE):
+        raise Unsupported(f"{where}: a {target.rpartition('.')[2][:100]} is not read, MegatronGPTModel is",
+                          hint="NeMo's own script for this model converts it")  # fmt: skip
+    if isinstance(document.get("peft"), Mapping) and document["peft"].get("restore_from_path"):
+        raise Unsupported(f"{where}: an adapter, which is nothing without its base model",
+                          hint="merge it with NeMo's merge_lora_weights script first")  # fmt: skip
+
+
+def _resolved(document: Mapping[str, Any], value: Any) -> Any:
+    """A value that only says where another one is: OmegaConf's `${.name}`."""
+    for _ in range(8):
+        match = _INTERPOLATION.fullmatch(value) if isinstance(value, str) else None
+        if match is None or match[1] not in document:
+            break
+        value = document[match[1]]
+    return value
+
+
+def _check_resolved(values: Mapping[str, Any], where: str) -> None:
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+             "seq_length", "rotary_base", "layernorm_epsilon", "num_moe_experts")  # fmt: skip
+    wrong = [f"{name} {values[name]!r:.100}" for name in names if isinstance(values.get(name), str)]
+    if wrong:
+        raise Unsupported(f"{where}: numbers were expected for {listed(wrong)}",
+                          hint="write the numbers in: OmegaConf would compute them")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ one to many
+
+
+def _attention(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
+    heads, hidden = stated.get("num_attention_heads"), stated.get("hidden_size")
+    if type(heads) is not int or type(hidden) is not int or heads <= 0:
+        return {}
+    return {
+        "num_query_groups": stated.get("num_query_groups") or heads,
+        "kv_channels": stated.get("kv_channels") or hidden // heads,
+        "ffn_hidden_size": stated.get("ffn_hidden_size") or 4 * hidden,
+    }
+
+
+def _norm(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if stated["normalization"] not in _NORMS:
+        raise Unsupported(f"{where}: the normalization {stated['normalization']!r:.60} is not one of {listed(_NORMS)}")
+    kind, is_centered = _NORMS[stated["normalization"]]
+    is_centered = is_centered or stated.get("layernorm_zero_centered_gamma") is True
+    return {"normalization": kind, "layernorm_zero_centered_gamma": is_centered}
+
+
+def _activation(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if stated["activation"] not in _ACTIVATIONS:
+        raise Unsupported(f"{where}: the activation {stated['activation']!r:.60} is not one of {listed(_ACTIVATIONS)}")
+    function, is_gated = _ACTIVATIONS[stated["activation"]]
+    return {
+        "activation_func": "openai_gelu" if stated.get("openai_gelu") is True else function,
+        "gated_linear_unit": is_gated,
+    }
+
+
+def _window(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """NeMo counts a token's own place into its window."""
+    window = stated.get("window_size")
+    if not isinstance(window, list) or len(window) != 2 or type(window[0]) is not int:
+        return {}
+    return {"window_size": [window[0] - 1 if window[0] > 0 else window[0], window[1]]}
+
+
+def _scaling(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if stated.get("scale_positional_embedding") is not True:
+        return {"rope_scaling": False}
+    values = {name: stated.get(name, default) for name, default in _LLAMA31.items()}
+    return {**values, "rope_scaling": True, "rope_scaling_factor": values["scale_factor"]}
+
+
+def _fp8(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if stated.get("fp8") is not True:
+        return {"fp8": None}
+    return {"fp8": "e4m3" if stated.get("fp8_e4m3") is True else "hybrid"}
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """The tokenizer that a model_config.yaml or hparams.yaml names."""
+    document = megatron_settings.read_yaml(path)
+    inner = document.get("cfg", document) if path.name == HPARAMS else document
+    said = inner.get("tokenizer") if isinstance(inner, Mapping) else None
+    said = said if isinstance(said, Mapping) else {}
+    keys = {"model": "tokenizer.model", "vocab_file": "vocab.json", "merge_file": "merges.txt",
+            "tokenizer_model": "tokenizer.model"}  # fmt: skip
+    files: dict[str, Path] = {}
+    for key, name in keys.items():
+        found = _artifact(path, said.get(key))
+        if found is not None:
+            files.setdefault(name if key != "vocab_file" or "merge_file" in said else found.name, found)
+    hub = said.get("type")
+    is_hub = said.get("library") == "huggingface" and isinstance(hub, str)
+    is_plain = not (said.get("special_tokens") or said.get("additional_special_tokens"))
+    return Tokenizer(files, hub[:300] if is_hub and isinstance(hub, str) and not files else None, is_plain)
+
+
+def _artifact(path: Path, said: Any) -> Path | None:
+    """A file beside the YAML, by `nemo:NAME` or a path of which it has the last part: nothing else is looked at."""
+    if not isinstance(said, str) or not said or said == "???":
+        return None
+    name = PurePosixPath(said.removeprefix("nemo:")).name
+    if not name or (path.parent / name).is_symlink() or not (path.parent / name).is_file():
+        return None
+    return path.parent / name
+
+
+def assets(path: Path) -> dict[str, Tensor]:
+    """The files of the tokenizer that a model_config.yaml names, to be carried byte for byte."""
+    return {name: huggingface.asset(file) for name, file in tokenizer_of(path).files.items()}
+
+
+def lacking(path: Path) -> tuple[str, ...]:
+    """A sentence when a tokenizer is named of which the archive holds no file."""
+    found = tokenizer_of(path)
+    if found.files:
+        return ()
+    if found.hub is None:
+        return (f"{path} names no tokenizer that is beside it: --tokenizer-path names one for --to nemo2",)
+    return (
+        f"the tokenizer is {found.hub} on the hub, and the archive has none of its files: only the name is taken over",
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- OmegaConf
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """An inert DictConfig, ListConfig or node of theirs as the values that it holds."""
+    if depth > 16:
+        return None
+    if isinstance(value, Inert):
+        content = value.attr("_content")
+        return _plain(content if content is not None else value.attr("_val"), depth + 1)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item, depth + 1) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else None
