@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -513,7 +514,8 @@ class Watchers:
         pid = int(self._process.stdout.readline())
         if kill_after_s is not None:
             time.sleep(kill_after_s)
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may be done
+                os.kill(pid, signal.SIGKILL)
         return int(self._process.stdout.readline())
 
     def close(self) -> None:
@@ -553,10 +555,8 @@ def test_a_machine_that_goes_down_with_its_evaluations_logs_each_step_once(tmp_p
         for _ in range(3):
             watchers(run, block(tally), chance.uniform(0.05, 0.4))
             for path in run.glob("evals/output/*/*/.process/pid"):
-                try:
+                with suppress(ProcessLookupError):
                     os.killpg(int(path.read_text()), signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
         assert watchers(run, block(tally)) == 0
         assert sorted(logged(run)) == [(step, "eval/t/acc", float(step)) for step in (1, 2)]
 
