@@ -14,14 +14,25 @@ SRC = Path(__file__).parent.parent / "src"
 MODULES = sorted((SRC / "reshard").rglob("*.py"))
 FLOORS = {
     "errors": -1, "version": -1, "core": 0, "storage": 1, "formats": 2, "dialects": 2, "families": 3, "ops": 4,
-    "report": 5, "evaluate": 5, "cli": 6,
+    "report": 5, "evaluate": 5, "cli": 6, "integrations": 6,
 }  # fmt: skip
 TRAINING_FRAMEWORKS = {
     "torch", "transformers", "accelerate", "deepspeed", "safetensors", "megatron", "nemo", "lightning", "peft",
     "omegaconf",
 }  # fmt: skip
 OPTIONAL = {"zstandard", "huggingface_hub", "numcodecs"}
-HEAVY = {"numpy", "ml_dtypes", "msgspec", "xxhash", "rich", "yaml", "zstandard", "huggingface_hub", "numcodecs", "asyncio"}
+HEAVY = {
+    "numpy",
+    "ml_dtypes",
+    "msgspec",
+    "xxhash",
+    "rich",
+    "yaml",
+    "zstandard",
+    "huggingface_hub",
+    "numcodecs",
+    "asyncio",
+}
 
 
 def name_of(module: Path) -> str:

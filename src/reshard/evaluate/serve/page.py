@@ -37,8 +37,8 @@ polyline { fill: none; stroke: var(--one); stroke-width: 2 } circle { fill: var(
 .ema polyline { stroke: var(--two) } .ema circle { fill: var(--two) } b.ema { color: var(--two) }
 b.regular { color: var(--one) }
 details { border-top: 1px solid var(--line) } summary { display: flex; flex-wrap: wrap; gap: 2px 12px; padding: 7px 0;
-  cursor: pointer } summary > span { overflow-wrap: anywhere } .what { flex: 1 1 180px }
-.status { min-width: 82px; font-weight: 600 } .completed { color: var(--good) } .failed { color: var(--bad) }
+  cursor: pointer } summary > span { overflow-wrap: anywhere } .what { flex: 1 1 100px }
+.status { min-width: 88px; font-weight: 600 } .completed { color: var(--good) } .failed { color: var(--bad) }
 .running { color: var(--busy) } .queued, .cancelled { color: var(--soft) }
 pre { margin: 0 0 10px; padding: 10px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; max-height: 320px }
@@ -129,8 +129,8 @@ def _job(shown: Shown) -> str:
     job = shown.job
     status = status_of(job)
     request = job.payload["request"]
-    step = f"step {job.step}" if job.step >= 0 else ""
-    when = datetime.fromtimestamp(job.changed if job.is_final else job.created).strftime("%m-%d %H:%M:%S")
+    step = (f"step {job.step}" if job.step >= 0 else "") + (f" {job.kind}" if job.kind != "regular" else "")
+    when = datetime.fromtimestamp(job.changed if job.is_final else job.created).strftime("%m-%d %H:%M")
     what = ", ".join(map(str, request["tasks"]))
     about = job.payload["source"] or job.payload["model"]
     texts = [about, job.reason if status == "failed" else "", shown.log]

@@ -17,11 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import ReshardError
+from reshard.errors import InputError, ReshardError
 from reshard.evaluate.backend import Phase, Refused, Request, Status
 from reshard.evaluate.backends.program import Program
 from reshard.evaluate.lease import RENEW_S, new_owner
 from reshard.evaluate.metrics import NO_FILTER, Metric, as_text
+from reshard.evaluate.ready import NoSuchWeights, whole
 from reshard.evaluate.serve.admission import harness_of
 from reshard.evaluate.serve.settings import ServeSettings, devices_of_slots
 from reshard.evaluate.store import Job, LeaseLost, State, Store, StoreBusy
@@ -29,6 +30,8 @@ from reshard.evaluate.store import Job, LeaseLost, State, Store, StoreBusy
 _MOST_ATTEMPTS = 3
 """Of a job whose process is killed by others, or with the machine."""
 _IDLE_S = 2.0
+_SAVE_S = 60.0
+"""How long a checkpoint may stay incomplete after it was submitted."""
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.02, 0.5
 _REASON_CHARS = 4000
 
@@ -135,6 +138,9 @@ class Worker:
     def _carry_out(self, job: Job, slot: int) -> None:
         """One attempt at a job, or the rest of one that was under way."""
         if job.state is State.QUEUED:
+            if self._is_being_saved(job):
+                later = self._store.change(job, self._owner, not_before=time.time() + _IDLE_S)
+                return self._store.let_go(later, self._owner)
             job = self._begun(job, slot)
             backend = self._backend(job)
             status = self._submit(backend, job, slot)
@@ -145,7 +151,19 @@ class Worker:
             if job.state is State.SUBMITTING:
                 job = self._store.sent(job, status.job_id or "-", self._owner)
             status = self._follow(backend, job, slot)
-        self._finish(job, status)
+        return self._finish(job, status)
+
+    def _is_being_saved(self, job: Job) -> bool:
+        """Whether other ranks of the trainer still write: rank 0, which asks, does not wait for them."""
+        if not job.payload["source"] or time.time() - job.created > _SAVE_S:
+            return False
+        try:
+            whole(Path(job.payload["source"]), job.kind, self._settings.base)
+        except NoSuchWeights:
+            return False
+        except InputError:
+            return True
+        return False
 
     def _begun(self, job: Job, slot: int) -> Job:
         """A job with one more attempt, in a directory of its own."""
