@@ -3,8 +3,8 @@
 `python -m bench` builds checkpoints with torch's own writer, lets the contestants take turns, and writes the table
 in docs/benchmarks.md. It needs the `bench` extra, and room on the disk for about four times the largest checkpoint.
 
-    build.py        checkpoints, in processes of their own
-    contestants.py  the programs that are not ours, each run as a whole process
+    build.py        checkpoints, in processes of their own; build_megatron.py those for conversions; ranks.py
+    contestants.py  the programs that are not ours, each run as a whole process; loops.py those that convert
     measure.py      one timed process: wall, CPU, memory; warm and cold inputs; rounds
     cases.py        what is measured, and the targets
     report.py       the table

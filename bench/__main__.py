@@ -75,14 +75,16 @@ def _trial(words: tuple[str, ...], inputs: Mapping[str, Path], output: Path, out
 
 
 def _build(path: Path, arguments: tuple[str, ...]) -> None:
-    """Build an input, unless it is there: `.metadata` is written last."""
-    if (path / ".metadata").exists():
+    """Build an input, unless it is there: a file beside it says that it is whole."""
+    built = path.with_name(f"{path.name}.built")
+    if built.exists():
         return
     shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     kind, *options = arguments
     command = (sys.executable, "-m", "bench.build", kind, str(path), *options)
     subprocess.run(command, cwd=REPOSITORY, check=True, stdout=sys.stderr)
+    built.touch()
 
 
 if __name__ == "__main__":

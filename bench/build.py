@@ -5,6 +5,7 @@
     moe      20,000 and more expert weights, each in 8 chunks of about 20 KB
     table    288,000 chunks in `.metadata`, and shard files of the right size that hold nothing
     sparse   Llama 3.1 405B on 128 ranks: every entry is framed by torch.save, and holes stand for the zeros within
+    hf, torch_dist, zarr, config    a Llama as HuggingFace and Megatron have it: see build_megatron.py
 
 dense and moe are saved by gloo processes through `torch.distributed.checkpoint.save`. The metadata of table and
 sparse is assembled from torch's classes and written by its FileSystemWriter.
@@ -14,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from io import BytesIO
-from math import prod
 from pathlib import Path
 
 import torch
@@ -34,15 +33,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
-from torch.multiprocessing import start_processes
 
-NUM_RANKS = 8
-TILE_NUMEL = 4_000_037
-"""Weights repeat a random tile of this many elements: no divisor of a width, so rows and shards differ."""
+from bench import build_megatron
+from bench.ranks import NUM_RANKS, Random, on_ranks
 
 Shape = tuple[int, ...]
 
@@ -93,12 +90,12 @@ def dense(path: Path, size_gb: float, dtype: torch.dtype, tp: int, seed: int) ->
             fully_shard(layer, mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
         model.to_empty(device="cpu")
-        random = _Random(dtype, seed + dist.get_rank())
+        random = Random(dtype, seed + dist.get_rank())
         for parameter in model.parameters():
             random.fill(parameter.to_local())
         dcp.save({"model": model.state_dict()}, checkpoint_id=path)
 
-    _on_ranks(save, (NUM_RANKS // tp, tp))
+    on_ranks(save, (NUM_RANKS // tp, tp))
 
 
 def _tensor_parallel_plan() -> dict[str, ParallelStyle]:
@@ -127,7 +124,7 @@ def moe(path: Path, size_gb: float, seed: int) -> None:
     shapes |= {f"model.layers.{layer}.mlp.gate.weight": (128, hidden) for layer in range(num_layers)}
 
     def save(mesh: DeviceMesh) -> None:
-        random = _Random(torch.bfloat16, seed + dist.get_rank())
+        random = Random(torch.bfloat16, seed + dist.get_rank())
         weights = {}
         for name, (rows, columns) in shapes.items():
             local = torch.empty(rows // NUM_RANKS, columns, dtype=torch.bfloat16)
@@ -135,36 +132,7 @@ def moe(path: Path, size_gb: float, seed: int) -> None:
             weights[name] = DTensor.from_local(local, mesh["dp"], [Shard(0)], run_check=False)
         dcp.save({"model": weights}, checkpoint_id=path)
 
-    _on_ranks(save, (NUM_RANKS, 1))
-
-
-class _Random:
-    """Fast filler: slices of one tile of small normal numbers."""
-
-    def __init__(self, dtype: torch.dtype, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self._tile = (torch.randn(TILE_NUMEL, generator=generator) * 0.02).to(dtype)
-        self._at = 0
-
-    def fill(self, tensor: torch.Tensor) -> None:
-        flat, done = tensor.detach().view(-1), 0
-        while done < flat.numel():
-            piece = self._tile[self._at : self._at + flat.numel() - done]
-            flat[done : done + piece.numel()] = piece
-            done += piece.numel()
-            self._at = (self._at + piece.numel()) % TILE_NUMEL
-
-
-def _on_ranks(save: Callable[[DeviceMesh], None], mesh_shape: tuple[int, int]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(_rank, (save, mesh_shape, f"file://{folder}/store"), prod(mesh_shape), start_method="fork")
-
-
-def _rank(rank: int, save: Callable[[DeviceMesh], None], mesh_shape: tuple[int, int], store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=prod(mesh_shape))
-    save(init_device_mesh("cpu", mesh_shape, mesh_dim_names=("dp", "tp")))
-    dist.destroy_process_group()
+    on_ranks(save, (NUM_RANKS, 1))
 
 
 def table(path: Path) -> None:
@@ -235,7 +203,7 @@ def _frame(shape: torch.Size) -> tuple[bytes, int, bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("dense", "moe", "table", "sparse"))
+    parser.add_argument("kind", choices=("dense", "moe", "table", "sparse", *build_megatron.KINDS))
     parser.add_argument("path", type=Path)
     parser.add_argument("--size-gb", type=float, default=2)
     parser.add_argument("--dtype", default="bfloat16")
@@ -251,6 +219,8 @@ def main() -> None:
             table(args.path)
         case "sparse":
             sparse(args.path)
+        case kind:
+            build_megatron.KINDS[kind](args.path, args.size_gb)
 
 
 if __name__ == "__main__":

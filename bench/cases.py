@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from statistics import median
 
 from bench.measure import Rounds, ratio
@@ -15,6 +16,7 @@ NUM_MOE_CHUNKS = (54 * 128 * 3 + 54) * 8
 RESHARD = (sys.executable, "-m", "reshard")
 CP = ("cp", "-r", "--reflink=never")
 OTHERS = (sys.executable, "-m", "bench.contestants")
+LOOPS = (sys.executable, "-m", "bench.loops")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ def cases(size_gb: float) -> list[Case]:
     return [
         _dense(size_gb, cold=False), _dense(size_gb, cold=True), _cast(size_gb), _mesh(size_gb), _moe(size_gb),
         _average(size_gb / 2), _growth(size_gb / 2), _table(), _plan(), _start(),
+        _to_torch_dist(size_gb), _from_torch_dist(size_gb), _to_fsdp_dtensor(size_gb), _from_zarr(size_gb),
     ]  # fmt: skip
 
 
@@ -186,6 +189,87 @@ def _start() -> Case:
         "start", "Start-up", {}, {name: (*RESHARD, "--help")},
         (Target("CPU", lambda rounds: median(run.cpu_s for run in rounds[name]), 0.15, "s"),),
     )  # fmt: skip
+
+
+def _to_torch_dist(size_gb: float) -> Case:
+    return Case(
+        "hf-torch_dist",
+        f"Llama, bfloat16, {size_gb:g} GB, from HuggingFace to torch_dist",
+        {"hf": ("hf", "--size-gb", str(size_gb))},
+        {
+            "cp": (*CP, "{hf}", "{output}"),
+            CONVERT: (*RESHARD, "convert", "{hf}", "{output}", "--to", "torch_dist"),
+            LOOP: (*LOOPS, "to_torch_dist", "{hf}", "{output}"),
+            **_mbridge("mbridge_import", "{hf}", "{output}"),
+        },
+        _converted("cp"),
+        0.95,
+    )
+
+
+def _from_torch_dist(size_gb: float) -> Case:
+    to_hub = ("--to", "hf", "--hf-model", "{config}")
+    return Case(
+        "torch_dist-hf",
+        f"The same from torch_dist, saved on TP 2 and PP 4, to HuggingFace, {size_gb:g} GB",
+        {name: (name, "--size-gb", str(size_gb)) for name in ("torch_dist", "config")},
+        {
+            "cp": (*CP, "{torch_dist}", "{output}"),
+            CONVERT: (*RESHARD, "convert", "{torch_dist}", "{output}", *to_hub),
+            LOOP: (*LOOPS, "from_torch_dist", "{torch_dist}", "{output}"),
+            **_mbridge("mbridge_export", "{config}", "{torch_dist}", "{output}"),
+        },
+        _converted("cp"),
+        0.95,
+    )
+
+
+def _to_fsdp_dtensor(size_gb: float) -> Case:
+    convert = (*RESHARD, "convert", "{hf}", "{output}", "--to", "fsdp_dtensor")
+    halved = f"{CONVERT} --dtype bfloat16"
+    twice = "mkdir '{output}' && cp -r --reflink=never '{hf}' '{output}/1' && cp -r --reflink=never '{hf}' '{output}/2'"
+    return Case(
+        "hf-fsdp_dtensor",
+        f"Llama, bfloat16, {size_gb:g} GB, from HuggingFace to fsdp_dtensor in float32, which is twice as large",
+        {"hf": ("hf", "--size-gb", str(size_gb))},
+        {
+            "cp, twice": ("sh", "-c", twice),
+            CONVERT: convert,
+            LOOP: (*LOOPS, "to_fsdp_dtensor", "{hf}", "{output}"),
+            "cp ": (*CP, "{hf}", "{output}"),
+            halved: (*convert, "--dtype", "bfloat16"),
+        },
+        (*_converted("cp, twice"), at_most("cp ", 1.5, "`cp`, in bfloat16", halved)),
+        0.95,
+    )
+
+
+def _from_zarr(size_gb: float) -> Case:
+    return Case(
+        "zarr-hf",
+        f"The same from zarr, saved on TP 2, to HuggingFace, {size_gb:g} GB",
+        {name: (name, "--size-gb", str(size_gb)) for name in ("zarr", "config")},
+        {
+            "cp": (*CP, "{zarr}", "{output}"),
+            CONVERT: (*RESHARD, "convert", "{zarr}", "{output}", "--to", "hf", "--hf-model", "{config}"),
+        },
+        (at_most("cp", 1.5, name=CONVERT), in_memory(200, CONVERT)),
+        0.95,
+    )
+
+
+CONVERT, LOOP = "reshard convert", "plain torch"
+
+
+def _mbridge(*words: str) -> dict[str, tuple[str, ...]]:
+    """mbridge, where it can be imported: it is not among the requirements."""
+    return {"mbridge": (*LOOPS, *words)} if find_spec("mbridge") and find_spec("megatron") else {}
+
+
+def _converted(cp: str) -> tuple[Target, ...]:
+    """What a conversion is held against: `cp`, a loop that does the same, a bound of memory."""
+    faster = Target(f"faster than {LOOP}", lambda rounds: ratio(rounds, LOOP, CONVERT), 1, "x", at_least=True)
+    return at_most(cp, 1.5, name=CONVERT), faster, in_memory(200, CONVERT)
 
 
 def _peers(source: str) -> dict[str, tuple[str, ...]]:

@@ -28,6 +28,8 @@ are mostly holes, and for cases called cold: there they were put out of it befor
 * `cp`: `cp -r --reflink=never` of the shards, which neither checks nor merges them.
 * `floor`: every byte read, summed with CRC-32 and xxh3-128 and written by two threads, and nothing else.
 * `dcp_to_torch_save`: `torch.distributed.checkpoint.format_utils`. `accelerate merge-weights`: what it calls.
+* `plain torch`: a conversion as a script does it: safetensors, `torch.cat`, `torch.stack`, torch's DCP. `mbridge`: its
+  own code, into and out of a model of Megatron-Core on the CPU, where it is installed.
 """
 
 
