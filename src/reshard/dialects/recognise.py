@@ -92,7 +92,8 @@ def _completed(
     if lacking:
         raise Incomplete(
             f"the checkpoint's settings do not say {listed(lacking)}, and no tensor does",
-            hint="--hf-model REF names the HuggingFace model that was trained: its config.json says them",
+            hint="--hf-model REF names the HuggingFace model that was trained: its config.json says them "
+            "(or --model-id, for models that NVIDIA's script has names for)",
         )
     if str(stated.get("model_class")).startswith("nemo."):
         stated |= _of_nemo(stated)
@@ -109,6 +110,8 @@ def _completed(
                 "which may be padded"
             )
         stated["vocab_size"] = named
+        if embedding.dtype.kind == "float" and not (stated.get("bf16") or stated.get("fp16")):
+            stated.setdefault("params_dtype", embedding.dtype.torch)
     if not stated.get("num_layers"):
         stated["num_layers"] = 1 + max(_numbers(tensors, "decoder.layers."), default=-1)
     _check_counts(stated, len(tensors))

@@ -97,6 +97,9 @@ def locate(path: Path, iteration: int | None = None) -> Located:
     if not path.exists():
         raise NotFound(f"{path}: no such file or directory")
     found = recognise(directory_of(path), iteration)
+    single = [name for name in tar.names(path) if name.endswith(".nemo")] if path.is_dir() else []
+    if found is None and len(single) == 1 and (path / single[0]).is_file():
+        return locate(path / single[0], iteration)
     if found is None:
         there = listed(_names(path)) if path.is_dir() else "a file"
         raise NotFound(

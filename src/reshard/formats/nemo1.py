@@ -106,7 +106,7 @@ def settings_of(path: Path) -> Settings:
     tokenizer = tokenizer_of(path)
     listing = next((tokenizer.files[n] for n in ("tokenizer.model", "tokenizer.json") if n in tokenizer.files), None)
     count = token_count.count(listing) if listing is not None and tokenizer.is_plain else None
-    return replace(found, vocab_size=count, tokenizer=tokenizer.hub)
+    return replace(found, vocab_size=count, tokenizer=tokenizer.hub, notices=_lacking(tokenizer))
 
 
 def settings_among(values: Mapping[Any, Any], where: str) -> Settings | None:
@@ -259,13 +259,10 @@ def assets(path: Path) -> dict[str, Tensor]:
     return {name: huggingface.asset(file) for name, file in tokenizer_of(path).files.items()}
 
 
-def lacking(path: Path) -> tuple[str, ...]:
+def _lacking(found: Tokenizer) -> tuple[str, ...]:
     """A sentence when a tokenizer is named of which the archive holds no file."""
-    found = tokenizer_of(path)
-    if found.files:
+    if found.files or found.hub is None:
         return ()
-    if found.hub is None:
-        return (f"{path} names no tokenizer that is beside it: --tokenizer-path names one for --to nemo2",)
     return (
         f"the tokenizer is {found.hub} on the hub, and the archive has none of its files: only the name is taken over",
     )

@@ -27,7 +27,7 @@ from reshard.dialects.fuse import computes
 from reshard.dialects.megatron import InMemory
 from reshard.dialects.table import Facts, Family, copies, entries
 from reshard.errors import Corrupt, InputError, Mismatch, NotFound, Unsupported, listed
-from reshard.formats import fsdp_dtensor, huggingface, nemo2_context, torch_dist
+from reshard.formats import fsdp_dtensor, huggingface, nemo1, nemo2_context, torch_dist
 from reshard.formats.fsdp_dtensor import TARGETS, target_named
 from reshard.formats.megatron import MegatronCheckpoint, Settings, locate, open_located
 from reshard.ops import nemo2
@@ -109,6 +109,8 @@ class Model:
     """Under Megatron's names. Empty when the model goes to HuggingFace."""
     reference: Reference | None
     notices: tuple[str, ...]
+    tokenizer: str | None = None
+    """The name on the hub of a tokenizer that the checkpoint names, and has no files of."""
 
 
 def convert(
@@ -215,7 +217,7 @@ def _of_megatron(source: Path, options: Options) -> Model:
         facts = family.facts(config)
     facts, absent = apply.present(memory.tensors, family, facts, on_hub=False)
     notices += (*said, *(f"the checkpoint has nothing of the model's {part} part" for part in absent))
-    notices += _left_out(opened)
+    notices += (*opened.settings.notices, *_left_out(opened))
     if options.to != "hf":
         facts, rows = _rows_kept(memory.tensors, facts, options)
         named = apply.canonical(memory.tensors, family, rows)
@@ -228,7 +230,7 @@ def _of_megatron(source: Path, options: Options) -> Model:
     checkpoint = replace(opened.checkpoint, assets=_assets(opened, reference))
     return Model(
         checkpoint, family, facts, config, hub_tensors, named, reference,
-        (*checkpoint.notices, *notices),
+        (*checkpoint.notices, *notices), opened.settings.tokenizer,
     )  # fmt: skip
 
 
@@ -268,6 +270,8 @@ def _assets(opened: MegatronCheckpoint, reference: Reference | None) -> Mapping[
     context, tokenizer = opened.located.context, opened.located.tokenizer
     if context is not None and (context / nemo2_context.IO).is_file():
         return nemo2.assets_of(context)
+    if opened.located.model_config is not None and tokenizer is None:
+        return nemo1.assets(opened.located.model_config)
     return huggingface.companions(tokenizer)[1] if tokenizer is not None else opened.checkpoint.assets
 
 
@@ -527,6 +531,8 @@ def _to_nemo2(
         tokenizer = nemo2.tokenizer_named(options.tokenizer_path, options.tokenizer_library)
     elif options.save_tokenizer:
         tokenizer = nemo2.tokenizer_among(assets, model.checkpoint.source, options.tokenizer_library)
+        if tokenizer is None and model.tokenizer is not None:
+            tokenizer = nemo2.tokenizer_on_hub(model.tokenizer)
     planned = nemo2.plan(tensors, settings, model.config, model.family.name, assets, tokenizer, _max_nbytes(options))
     checkpoint = replace(
         model.checkpoint, tensors={nemo2.PREFIX + name: tensor for name, tensor in tensors.items()}, assets={},

@@ -13,6 +13,7 @@ from reshard.core.checkpoint import Checkpoint
 from reshard.errors import Corrupt, Incomplete, InputError, ReshardError
 from reshard.formats import open_found
 from reshard.formats.detect import MODEL, Found, find, numbered
+from reshard.storage import tar
 from reshard.storage.files import Files
 from reshard.storage.torch_zip import open_archive
 from reshard.storage.unpickle import Global, globals_in, is_known
@@ -96,7 +97,7 @@ def _opened(found: Found) -> tuple[Checkpoint, Mapping[str, str]]:
     from reshard.formats import megatron
 
     opened = megatron.open_located(megatron.locate(model.path))
-    notices = tuple(dict.fromkeys((*found.notices, *opened.checkpoint.notices)))
+    notices = tuple(dict.fromkeys((*found.notices, *opened.checkpoint.notices, *opened.settings.notices)))
     return replace(opened.checkpoint, notices=notices), _facts(opened)
 
 
@@ -179,7 +180,11 @@ def audit(source: str | Path) -> list[Audit]:
 def _pickles(root: Path) -> Iterator[tuple[str, bytes]]:
     """(file, pickle) of every pickle in a file or under a directory."""
     files = Files()
-    paths = [root] if root.is_file() else sorted(Path(d) / f for d, _, names in os.walk(root) for f in names)
+    root = tar.at(root)
+    if isinstance(root, tar.ArchivePath):
+        paths: list[Path] = sorted(path for path in root.rglob("*") if path.is_file())
+    else:
+        paths = [root] if root.is_file() else sorted(Path(d) / f for d, _, names in os.walk(root) for f in names)
     for path in paths:
         if not path.is_file() or path.is_symlink() or path.suffix in _NO_PICKLES:
             continue

@@ -143,6 +143,11 @@ def tokenizer_among(assets: Mapping[str, Tensor], source: Source, library: str |
     return None
 
 
+def tokenizer_on_hub(name: str) -> Tokenizer:
+    """A tokenizer that NeMo fetches by its name."""
+    return Tokenizer(Call(Symbol.of(nemo2_context.AUTO_TOKENIZER), {"pretrained_model_name": name}), {})
+
+
 _OF_HUGGINGFACE = ("tokenizer.json", "tokenizer_config.json")
 _OF_TOKENIZER = re.compile(
     r"(?:tokenizer|special_tokens_map|added_tokens|vocab|merges|normalizer|tekken|chat_template).*"
