@@ -17,7 +17,7 @@ import pytest
 
 from reshard.errors import InputError
 from reshard.evaluate.log import Delivery, Journal, read
-from reshard.evaluate.loggers import Point, require
+from reshard.evaluate.loggers import Point, open_logger, require
 from reshard.evaluate.metrics import Metric
 from reshard.evaluate.store import Key, New, State, Store
 
@@ -198,3 +198,57 @@ def test_a_logger_that_is_not_installed_is_named_before_anything_begins(monkeypa
 def test_a_setting_that_a_logger_does_not_have_is_refused() -> None:
     with pytest.raises(InputError, match="unknown dir"):
         require("tensorboard", {"dir": "x"})
+
+
+POINTS = [
+    Point(200, "eval/t/acc", 0.5, 1000.0), Point(100, "eval/t/acc", 0.25, 1001.0),
+    Point(100, "eval/t,x/exact_match.strict-match@8", 0.75, 1001.0),
+]  # fmt: skip
+
+
+def twice(name: str, folder: Path, options: dict[str, Any]) -> None:
+    """Log the points, and again as after a kill that came before the cursor moved."""
+    for _ in range(2):
+        logger = open_logger(name, Path("/runs/mine"), folder, options)
+        logger.log(POINTS)
+        logger.close()
+
+
+def test_tensorboard_has_every_point_once_at_its_step(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    twice("tensorboard", tmp_path, {})
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(scalar.step, scalar.value) for scalar in found.Scalars("eval/t/acc")] == [(200, 0.5), (100, 0.25)]
+
+
+def test_mlflow_has_every_point_once_under_a_name_that_it_takes(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    twice("mlflow", tmp_path, {"tracking_uri": uri})
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("Default").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "eval/t/acc")
+    assert sorted((metric.step, metric.value) for metric in history) == [(100, 0.25), (200, 0.5)]
+    assert "eval/t_x/exact_match.strict-match_8" in run.data.metrics
+
+
+def test_wandb_keeps_rows_of_earlier_steps_in_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reshard.evaluate.loggers import wandb
+
+    class Run:
+        def __init__(self) -> None:
+            self.axes: dict[str, Any] = {}
+            self.rows: list[dict[str, Any]] = []
+
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            self.axes[name] = step_metric
+
+        def log(self, row: dict[str, Any]) -> None:
+            self.rows.append(row)
+
+    run = Run()
+    wandb.Wandb(run).log(POINTS)
+    assert run.axes["eval/*"] == "eval/step"
+    assert [row["eval/step"] for row in run.rows] == [100, 200]

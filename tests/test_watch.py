@@ -186,6 +186,14 @@ def test_whole_models_that_are_not_kept_are_gone_and_the_shards_never_are(tmp_pa
     assert all((tmp_path / f"checkpoint-{step}" / "model.safetensors").exists() for step in (1, 2, 3))
 
 
+def test_shards_are_removed_when_told_to_but_for_the_best_and_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    once(tmp_path, settings(keep_best=1, best_metric="t/acc", best_mode="min", remove_shards=True), Fake())
+    left = {path.parent.name for path in tmp_path.glob("checkpoint-*/model.safetensors")}
+    assert left == {"checkpoint-1", "checkpoint-3"}
+
+
 def test_checkpoint_type_ema_without_averaged_weights_is_said(tmp_path: Path) -> None:
     save(tmp_path, 5)
     watched = once(tmp_path, settings(checkpoint_type="both"), Fake())

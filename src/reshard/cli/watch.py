@@ -10,6 +10,8 @@ RUN     the directory that holds checkpoint-500, checkpoint-1000, ...
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from reshard.cli import output
@@ -40,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if settings.schedule.strategy == "no":
         say("eval_strategy is no: there is nothing to do")
         return 0
-    watched = watch(settings, places, once=args.once, again=args.retry_failed, say=say)
+    with redirect_stdout(sys.stderr):  # some loggers talk
+        watched = watch(settings, places, once=args.once, again=args.retry_failed, say=say)
     if args.json:
         output.show_json(watched)
     for line in watched.undelivered:

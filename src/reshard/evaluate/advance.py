@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -57,6 +57,8 @@ class Advancer:
         self._merger = ThreadPoolExecutor(1, "merge")
         self._merging: Future[Callable[[], None]] | None = None
         self._quiet_until, self._silence_s = 0.0, _SILENCE_S[0]
+        self.ending = False
+        """Whether no more checkpoints are expected: what may pass is then tried as often as what fails."""
         self.changed = threading.Event()
         """Set when there is something to do before the next poll."""
 
@@ -224,10 +226,11 @@ class Advancer:
     def _not_merged(self, job: Job, source: Path, error: Exception) -> None:
         if not is_intact(source, job.files, job.fingerprint):
             self._gone(job, source)
-        elif isinstance(error, OutputError | OSError | MemoryError):  # a full disk, or another process: both may pass
-            self._fail(job, State.FAILED, f"merge: {error}", state=State.READY)
+        elif isinstance(error, OutputError | OSError | MemoryError | StoreBusy) and not self.ending:
+            self._wait(job, f"merge: {error}", self._config.retry_wait)  # a full disk, or another process: may pass
         else:
-            self._fail(job, State.FAILED, f"merge: {error}", permanent=isinstance(error, InputError))
+            permanent = isinstance(error, InputError)
+            self._fail(job, State.FAILED, f"merge: {error}", permanent=permanent, state=State.READY)
 
     # --------------------------------------------------------------------------------------------- evaluation
 
@@ -344,11 +347,12 @@ class Advancer:
         self._store.let_go(job, self._owner)
         self._say(f"{called(job)} {_ENDED[ended]}: {brief(reason)}; tried again in {wait:.0f} s")
 
-    def _wait(self, job: Job, reason: str) -> None:
-        """Nothing is wrong, and it cannot go on now."""
+    def _wait(self, job: Job, reason: str, wait_s: float | None = None) -> None:
+        """Nothing is wrong with it, and it cannot go on now."""
         if job.reason != reason:
             self._say(f"{called(job)} waits: {reason}")
-        job = self._store.change(job, self._owner, reason=reason, not_before=time.time() + self._config.poll_interval)
+        wait_s = self._config.poll_interval if wait_s is None else wait_s
+        job = self._store.change(job, self._owner, reason=reason, not_before=time.time() + wait_s)
         self._store.let_go(job, self._owner)
 
     def _end(self, job: Job, state: State, reason: str, **columns: Any) -> None:
@@ -364,18 +368,31 @@ class Advancer:
             return
 
     def prune(self) -> None:
-        """Remove the whole models that are done with and not to be kept."""
+        """Remove the whole models that are done with and not to be kept; shards too, where the settings say so."""
         jobs = self._store.jobs(run=self._run)
         ended = [job for job in jobs if job.merged and job.state in FINAL]
         if not ended:
             return
         stay = kept(jobs, self._store.results(run=self._run), self._config)
+        if self._config.remove_shards:
+            self._remove_shards(jobs, stay)
         for job in ended:
             path = Path(job.merged)
             if job.id not in stay and path.parent == self._places.merged:
                 shutil.rmtree(path, ignore_errors=True)
                 shutil.rmtree(staging_of(path), ignore_errors=True)
                 self._store.change(job, merged="", payload={**job.payload, "merged_nbytes": 0})
+
+    def _remove_shards(self, jobs: Sequence[Job], stay: Container[int]) -> None:
+        """Of steps that were evaluated and are none of the best; never of the newest, from which training resumes."""
+        newest = max(job.step for job in jobs)
+        for job in jobs:
+            if job.state != State.DONE or job.id in stay or job.step == newest:
+                continue
+            if job.files and is_intact(Path(job.source), job.files, job.fingerprint):
+                for name in job.files:
+                    (Path(job.source) / name).unlink(missing_ok=True)
+                self._say(f"{called(job)}: its shards were removed, as remove_shards says")
 
 
 __all__ = ["Advancer"]

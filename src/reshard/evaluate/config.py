@@ -67,7 +67,7 @@ class EvalConfig:
     retry_on: tuple[str, ...] = ("failed", "timed_out")
     """Which ends are tried again: failed, timed_out, cancelled."""
     max_running: int | None = None
-    """Evaluations that one watcher has under way; by default 1, and 16 with a server, which has a queue."""
+    """Evaluations that one watcher has under way; by default 1, and 2 with a server, which has a queue."""
     keep_merged: KeepMerged = "none"
     """Which whole models stay when they are evaluated."""
     keep_best: int = 1
@@ -75,6 +75,9 @@ class EvalConfig:
     best_metric: str | None = None
     """TASK/METRIC that says which is best."""
     best_mode: Literal["max", "min"] = "max"
+    remove_shards: bool = False
+    """With `keep_merged: best`: remove the shards of steps that were evaluated and are none of the best, but for the
+    newest checkpoint."""
     max_merged_size: str | None = None
     """Of all whole models together, as in 500GB: a merge that would pass it waits."""
     base: str | None = None
@@ -105,6 +108,8 @@ class EvalConfig:
             raise InputError(f"retry_on: {listed(sorted(wrong))}; failed, timed_out and cancelled are known")
         if self.keep_merged == "best" and self.best_metric is None:
             raise InputError("keep_merged: best wants best_metric", hint="best_metric: TASK/METRIC")
+        if self.remove_shards and self.keep_merged != "best":
+            raise InputError("remove_shards: it wants keep_merged: best, which says which shards stay")
         if self.max_merged_size is not None:
             _ = self.max_merged_nbytes
 
@@ -124,7 +129,7 @@ class EvalConfig:
     @property
     def most_running(self) -> int:
         """Evaluations that one watcher has under way."""
-        return self.max_running or (16 if self.backend == "lmms_eval" else 1)
+        return self.max_running or (2 if self.backend == "lmms_eval" else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,7 +111,7 @@ class _Watcher:
         told = dict[str, str]()
         try:
             while not asked.at_once:
-                ending = once or is_over(self._places)
+                ending = self._advancer.ending = once or is_over(self._places)
                 self._turn(asked.to_finish)
                 self._tell(deliveries, told)
                 if self._is_done(ending, asked.to_finish):
@@ -125,10 +125,17 @@ class _Watcher:
     def _turn(self, finishing: bool) -> None:
         try:
             self._check_tasks()
-            self._scanner.look()  # when finishing too: it holds what comes, and sees what is saved again
+            self._look()
             self._advancer.tick(claim=not finishing)
             self._log()
         except (OSError, StoreBusy) as error:  # a full disk, a file system that is away: both may pass
+            self._say(f"waiting: {error}")
+
+    def _look(self) -> None:
+        """When finishing too: it holds what comes, and sees what is saved again."""
+        try:
+            self._scanner.look()
+        except InputError as error:  # the run cannot be listed
             self._say(f"waiting: {error}")
 
     def _log(self) -> None:
