@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from reshard.errors import Unsupported, listed
+from reshard.errors import Corrupt, Unsupported, listed
 from reshard.formats import fiddle, megatron_settings, token_count
 from reshard.formats.fiddle import Call, Symbol
 from reshard.formats.megatron_settings import Settings
@@ -52,7 +52,7 @@ def settings_of(context: Path) -> Settings:
     if not (context / IO).is_file():
         return stated or Settings()
     found = read(context)
-    given = _plain_arguments(found.config)
+    given = _plain_arguments(found.config, context)
     own = defaults(found.config.target.path)
     notices = [] if stated is None else _disagreements(stated.values, given)
     if stated is None and own is None:
@@ -67,9 +67,12 @@ def settings_of(context: Path) -> Settings:
     return replace(settings, notices=tuple(notices))
 
 
-def _plain_arguments(config: Call) -> dict[str, Any]:
+def _plain_arguments(config: Call, context: Path) -> dict[str, Any]:
     """Arguments as model.yaml would have them; calls that are still to be made are left out."""
-    return {name: _plain(value) for name, value in config.arguments.items() if not isinstance(value, Call)}
+    try:
+        return {name: _plain(value) for name, value in config.arguments.items() if not isinstance(value, Call)}
+    except ValueError as error:
+        raise Corrupt(f"{context / IO}: {error}") from error
 
 
 def _plain(value: Any) -> Any:
