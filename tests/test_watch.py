@@ -34,7 +34,7 @@ from reshard.evaluate.ready import whole
 from reshard.evaluate.store import Key, New, State, Store
 from reshard.evaluate.watch import Watched, watch
 
-EVALUATE = 'printf "%s\\n" "$1" >> "$2"; printf \'{{"t": {{"acc": %s}}}}\' "$1" > "$3.new"; mv "$3.new" "$3"'
+EVALUATE = 'printf "%s\\n" "$1" >> "$2"; printf \'{"t": {"acc": %s}}\' "$1" > "$3.new"; mv "$3.new" "$3"'
 
 
 def weights(step: int) -> dict[str, np.ndarray]:

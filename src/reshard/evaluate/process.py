@@ -106,18 +106,20 @@ def look(output: Path) -> Seen | None:
 
 def kill(output: Path, patience_s: float = 5.0) -> None:
     """End a process and its children: politely, then not. Returns when none of them is left."""
+    _signal(output, signal.SIGTERM)
     until = time.monotonic() + patience_s
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        while (seen := look(output)) is not None and seen.is_running:
-            _signal(output, number)
-            if number == signal.SIGTERM and time.monotonic() > until:
-                break
-            if time.monotonic() > until + patience_s:
-                return
-            time.sleep(0.05)
-    for pid in _strays(output):
-        with suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+    while _is_running(output) and time.monotonic() < until:
+        time.sleep(0.02)
+    until = time.monotonic() + patience_s
+    _signal(output, signal.SIGKILL)
+    while _is_running(output) and time.monotonic() < until:  # one may just have been born
+        _signal(output, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _is_running(output: Path) -> bool:
+    seen = look(output)
+    return seen is not None and seen.is_running
 
 
 def _strays(output: Path) -> Iterator[int]:
@@ -130,8 +132,13 @@ def _strays(output: Path) -> Iterator[int]:
 
 
 def _signal(output: Path, number: int) -> None:
-    with suppress(OSError, ValueError):
-        os.killpg(int((output / ".process" / "pid").read_text()), number)
+    """To the group, whose number may be another's once it ended, and to whoever left it."""
+    if _is_running(output):
+        with suppress(OSError, ValueError):
+            os.killpg(int((output / ".process" / "pid").read_text()), number)
+    for pid in _strays(output):
+        with suppress(OSError):
+            os.kill(pid, number)
 
 
 def _reap() -> None:

@@ -9,10 +9,10 @@ form, as {"task": {"metric": 0.5}} or as {"metric": 0.5}.
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from string import Formatter
 
 from reshard.errors import Corrupt, InputError, listed
 from reshard.evaluate.backend import Request
@@ -22,6 +22,8 @@ from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.metrics import Metric, metrics_of, read_document
 
 RESULTS = "results.json"
+_PLACE = re.compile(r"\{([A-Za-z_]+)\}")
+"""Any other brace is itself: JSON, shells and Python are full of them."""
 _PLACES = ("model", "step", "kind", "tasks", "output")
 
 
@@ -38,23 +40,13 @@ def words_of(command: str | Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"command: {command!r}: {error}") from error
     if not words:
         raise InputError("command: it is empty", hint='"my-eval {model} --out {output}"')
-    unknown = sorted({name for word in words for name in _named(word)} - set(_PLACES))
+    unknown = sorted({name for word in words for name in _PLACE.findall(word)} - set(_PLACES))
     if unknown:
         raise InputError(
             f"command: {listed('{' + name + '}' for name in unknown)} is not known",
-            hint=f"{listed('{' + name + '}' for name in _PLACES)} are; a brace itself is {{{{ or }}}}",
+            hint=f"{listed('{' + name + '}' for name in _PLACES)} are",
         )
     return (absolute(words[0]), *words[1:])
-
-
-def _named(word: str) -> Iterator[str]:
-    """The places in a word. Raises InputError for one that is more than a name."""
-    try:
-        for _, name, form, conversion in Formatter().parse(word):
-            if name is not None:
-                yield name if not form and not conversion else f"{name}:{form}"
-    except ValueError as error:
-        raise InputError(f"command: {word!r}: {error}", hint="a brace itself is {{ or }}") from error
 
 
 class Command:
@@ -73,10 +65,11 @@ class Command:
 
     def _filled(self, word: str, request: Request) -> str:
         output = request.output if "{output}/" in word else request.output / RESULTS
-        return word.format_map({
+        places = {
             "model": str(request.model), "step": str(request.step), "kind": request.kind,
             "tasks": ",".join(self._tasks), "output": str(output),
-        })  # fmt: skip
+        }  # fmt: skip
+        return _PLACE.sub(lambda place: places[place[1]], word)
 
     def collect(self, request: Request) -> tuple[tuple[Metric, ...], tuple[Path, ...]]:
         path = request.output / RESULTS
