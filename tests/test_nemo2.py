@@ -30,6 +30,7 @@ from reshard.errors import Corrupt, Mismatch, Unsupported
 from reshard.formats import dcp, fiddle, megatron_settings, nemo2_classes, nemo2_context, token_count
 from reshard.formats.fiddle import Call, Symbol
 from reshard.formats.megatron import locate, open_located
+from reshard.ops import nemo2
 from test_torch_dist import load_by_hand
 
 DATA = Path(__file__).parent / "data" / "nemo2"
@@ -369,19 +370,40 @@ def test_the_twelve_models_of_nvidias_script_are_known() -> None:
 
 
 def test_a_model_id_fills_what_a_checkpoint_does_not_say() -> None:
-    found = nemo_config.filled({}, "mistralai/Mistral-7B-v0.1")
-    assert found == nemo_config.of_id("mistralai/Mistral-7B-v0.1")
-    assert found["window_size"] == [4095, 0]  # tokens before a token
+    name = "mistralai/Mistral-7B-v0.1"
+    assert nemo2.filled({}, name) == nemo_config.of_id(name)
+    assert nemo2.filled({}, name)["window_size"] == [4095, 0]  # tokens before a token
     partial = {"num_layers": 32, "window_size": [4095, 0], "seq_length": 1024, "rotary_base": 10000.0}
-    assert nemo_config.filled(partial, "mistralai/Mistral-7B-v0.1")["layernorm_epsilon"] == 1e-5
-    assert nemo_config.filled(partial, "mistralai/Mistral-7B-v0.1")["seq_length"] == 1024
+    assert nemo2.filled(partial, name)["layernorm_epsilon"] == 1e-5
+    assert nemo2.filled(partial, name)["seq_length"] == 1024
+
+
+@pytest.mark.parametrize(
+    "name, context",
+    [("meta-llama/Meta-Llama-3-8B", "llama3-8b"), ("mistralai/Mistral-7B-v0.1", "mistral-7b"),
+     ("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"), ("nvidia/nemotron-3-8b-base-4k", "nemotron3-8b")],
+)  # fmt: skip
+def test_a_model_id_agrees_with_nemos_own_context_of_that_model(name: str, context: str) -> None:
+    stated = nemo2_context.settings_of(DATA / "contexts" / context).values
+    assert nemo2.filled(stated, name).items() >= {n: v for n, v in stated.items() if v is not None}.items()
+    others = [other for other in nemo2_classes.MODEL_IDS if other != name]
+    for other in others:
+        with pytest.raises(Mismatch, match=re.escape(other)):
+            nemo2.filled(stated, other)
 
 
 def test_a_model_id_that_contradicts_the_checkpoint_is_refused_with_both_values() -> None:
     stated = {"num_layers": 32, "rotary_base": 12345, "layernorm_epsilon": 1e-6}
     with pytest.raises(Mismatch, match=r"rotary_base is 12345, not 500000") as caught:
-        nemo_config.filled(stated, "meta-llama/Meta-Llama-3-8B")
+        nemo2.filled(stated, "meta-llama/Meta-Llama-3-8B")
     assert "layernorm_epsilon is 1e-06, not 1e-05" in str(caught.value)
+
+
+def test_a_model_id_may_be_a_directory_of_nemos(tmp_path: Path) -> None:
+    shutil.copytree(REAL / "weights", tmp_path / "bare/weights")
+    words = ["convert", str(tmp_path / "bare"), str(tmp_path / "hf"), "--to", "hf", "--model-id", str(REAL), "-q"]
+    assert main(words) == 0
+    assert differing(TRUTH, tmp_path / "hf") == []
 
 
 def test_nvidias_spelling_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 import yaml
 
 from reshard.dialects.megatron_config import DEFAULTS, same
+from reshard.dialects.recognise import of_nemo
 from reshard.dialects.setting import Values
 from reshard.errors import Mismatch, Unsupported, listed
 from reshard.formats.fiddle import Call, Symbol
-from reshard.formats.nemo2_classes import MODEL_IDS, MODULE, defaults
+from reshard.formats.nemo2_classes import GPT, MODEL_IDS, MODULE, defaults
 
 _FAMILIES = {
     "llama": ("llama.LlamaModel", "llama.LlamaConfig"),
@@ -280,34 +281,39 @@ def of_id(model_id: str) -> dict[str, Any]:
         )
     if model_id not in MODEL_IDS:
         raise Unsupported(
-            f"--model-id {model_id} is not one of the {len(MODEL_IDS)} models that NVIDIA's script knows: "
-            f"{listed(MODEL_IDS, 12)}",
+            f"--model-id {model_id} is neither a directory of NeMo 2 nor one of the {len(MODEL_IDS)} models that "
+            f"NVIDIA's script knows: {listed(MODEL_IDS, 12)}",
             hint="leave it out: what the checkpoint says of itself is enough",
         )
-    values = {n: v for n, v in (defaults(MODULE + MODEL_IDS[model_id]) or {}).items() if n not in _OF_TENSORS}
-    heads, window = values["num_attention_heads"], values["window_size"]
-    values["num_query_groups"] = values["num_query_groups"] or heads
-    values["kv_channels"] = values["kv_channels"] or values["hidden_size"] // heads
-    if window is not None:
-        values["window_size"] = [window[0] - 1, window[1]]
-    return {**values, "rope_scaling": False}
+    return of_context(defaults(MODULE + MODEL_IDS[model_id]) or {})
 
 
-def filled(settings: Values, model_id: str) -> dict[str, Any]:
-    """A checkpoint's settings with what they leave out, by NVIDIA's name of the model.
+def of_context(values: Values) -> dict[str, Any]:
+    """The settings of a model by those of a NeMo context, as far as they say what it is."""
+    known = {n: v for n, v in values.items() if n in GPT or n in _SPELLED}
+    heads = known["num_attention_heads"]
+    known["num_query_groups"] = known.get("num_query_groups") or heads
+    known["kv_channels"] = known.get("kv_channels") or known["hidden_size"] // heads
+    found = {**known, "rope_scaling": False, **of_nemo(known)}
+    return {n: v for n, v in found.items() if n not in _OF_TENSORS}
+
+
+def filled(settings: Values, model_id: str, known: Values) -> dict[str, Any]:
+    """A checkpoint's settings with what they leave out and `known`, the model's of that name, says.
 
     Raises Mismatch, listing all with both values, where the checkpoint says otherwise.
     """
-    known = of_id(model_id)
     stated = {n: v for n, v in settings.items() if v is not None}
     if stated:
         stated |= {name: None for name in _NULL_SAYS if name not in stated}
-    experts = bool(stated.get("num_moe_experts") or known.get("num_moe_experts"))
+    is_nemos = str(stated.get("model_class")).startswith("nemo.")
+    said = {**stated, **(of_nemo(stated) if is_nemos else {})}
+    experts = bool(said.get("num_moe_experts") or known.get("num_moe_experts"))
     unlike = [
-        f"{name} is {stated[name]!r:.60}, not {value!r}"
+        f"{name} is {said[name]!r:.60}, not {value!r}"
         for name, value in known.items()
-        if name in stated and name not in _NOT_OF_ID and (experts or not name.startswith("moe_"))
-        and not same(_comparable(name, stated[name]), _comparable(name, value))
+        if name in said and name not in _NOT_OF_ID and (experts or not name.startswith("moe_"))
+        and not same(_comparable(name, said[name]), _comparable(name, value))
     ]  # fmt: skip
     if unlike:
         raise Mismatch(

@@ -96,7 +96,7 @@ def _completed(
             "(or --model-id, for models that NVIDIA's script has names for)",
         )
     if str(stated.get("model_class")).startswith("nemo."):
-        stated |= _of_nemo(stated)
+        stated |= of_nemo(stated)
     notices: list[str] = []
     embedding = next((t for n, t in tensors.items() if n.endswith("embedding.word_embeddings.weight")), None)
     if embedding is not None and len(embedding.shape) == 2:
@@ -136,7 +136,7 @@ def _check_counts(stated: Values, num_tensors: int) -> None:
             raise Mismatch(f"the settings say {name} {count!r:.100}, and there are {num_tensors} tensors")
 
 
-def _of_nemo(stated: Values) -> Values:
+def of_nemo(stated: Values) -> Values:
     """What NeMo 2 puts otherwise: a window counts its own token, and Llama 3.1 is scaled by settings of other names."""
     found: dict[str, Any] = {}
     window = stated.get("window_size")

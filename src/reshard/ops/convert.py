@@ -109,6 +109,8 @@ class Model:
     """Under Megatron's names. Empty when the model goes to HuggingFace."""
     reference: Reference | None
     notices: tuple[str, ...]
+    made_from: str | None = None
+    """The HuggingFace model that it is or was made from, as it was named."""
     tokenizer: str | None = None
     """The name on the hub of a tokenizer that the checkpoint names, and has no files of."""
 
@@ -180,9 +182,9 @@ def _is_megatron(source: Path) -> bool:
 
 def _of_huggingface(source: str, options: Options) -> Model:
     """A HuggingFace directory or hub id, or a run that merges to one."""
-    from reshard.dialects import megatron_config, nemo_config
+    from reshard.dialects import megatron_config
 
-    path = Path(source) if Path(source).exists() else hub.resolve(source, weights=True)
+    path = Path(source) if Path(source).exists() else _on_hub(source)
     _, _, checkpoint = whole_model(path, MergeOptions(base=options.hf_model, verify=options.verify))
     config = checkpoint.config
     if config is None:
@@ -197,10 +199,21 @@ def _of_huggingface(source: str, options: Options) -> Model:
     notices += tuple(f"the model has no tensors of its {part} part, which its config names" for part in absent)
     facts = _padded(facts, options)
     if options.model_id is not None:
-        nemo_config.filled(megatron_config.to_megatron(config, family, facts)[0], options.model_id)
+        nemo2.filled(megatron_config.to_megatron(config, family, facts)[0], options.model_id)
     _check_copies(checkpoint, tensors, family, facts)
     named = apply.to_megatron(tensors, family, facts)
-    return Model(checkpoint, family, facts, config, tensors, named, None, (*checkpoint.notices, *notices))
+    return Model(
+        checkpoint, family, facts, config, tensors, named, None, (*checkpoint.notices, *notices),
+        options.hf_model or source,
+    )  # fmt: skip
+
+
+def _on_hub(name: str) -> Path:
+    """The directory with a hub model's weights. Raises NotFound."""
+    try:
+        return hub.resolve(name, weights=True)
+    except NotFound as error:
+        raise NotFound(str(error), hint="SRC is a directory, or a hub id such as Qwen/Qwen3-8B") from error
 
 
 def _of_megatron(source: Path, options: Options) -> Model:
@@ -230,17 +243,15 @@ def _of_megatron(source: Path, options: Options) -> Model:
     checkpoint = replace(opened.checkpoint, assets=_assets(opened, reference))
     return Model(
         checkpoint, family, facts, config, hub_tensors, named, reference,
-        (*checkpoint.notices, *notices), opened.settings.tokenizer,
+        (*checkpoint.notices, *notices), options.hf_model or opened.settings.hf_model_id, opened.settings.tokenizer,
     )  # fmt: skip
 
 
 def _by_id(settings: Settings, options: Options) -> Settings:
     """The settings, with what --model-id adds. Raises Mismatch where they contradict it."""
-    from reshard.dialects import nemo_config
-
     if options.model_id is None:
         return settings
-    return replace(settings, values=nemo_config.filled(settings.values, options.model_id))
+    return replace(settings, values=nemo2.filled(settings.values, options.model_id))
 
 
 def _rows_kept(tensors: Mapping[str, Tensor], facts: Facts, options: Options) -> tuple[Facts, Facts]:
@@ -503,7 +514,7 @@ def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
         return _to_nemo2(model, tensors, settings, [*model.notices, *said, *warnings], options)
     text = run_config.run_config(
         settings, ckpt_format=options.to, tp=options.tp, pp=options.pp, cp=options.cp, ep=options.ep,
-        hf_model_id=options.hf_model or str(model.checkpoint.origin.path),
+        hf_model_id=model.made_from,
     )  # fmt: skip
     notices = [*model.notices, *said, *warnings]
     assets = {n: t for n, t in model.checkpoint.assets.items() if options.save_tokenizer}

@@ -82,6 +82,19 @@ def plan(
     )
 
 
+def filled(settings: Values, model_id: str) -> dict[str, Any]:
+    """A checkpoint's settings with what --model-id adds: one of NVIDIA's names, or a directory of NeMo 2.
+
+    Raises Mismatch where they contradict it, Unsupported for a name that is not known.
+    """
+    context = Path(model_id) / nemo2.CONTEXT
+    if nemo2_context.describes(context):
+        known = nemo_config.of_context(nemo2_context.settings_of(context).values)
+    else:
+        known = nemo_config.of_id(model_id)
+    return nemo_config.filled(settings, model_id, known)
+
+
 def _vocabulary(
     tensors: Mapping[str, Tensor], settings: Values, tokenizer: Tokenizer | None
 ) -> tuple[int | None, int, tuple[str, ...]]:
