@@ -257,6 +257,20 @@ def test_a_step_that_is_saved_again_while_it_is_evaluated_counts_with_its_last_b
     assert [job.state for job in watched.jobs] == [State.SUPERSEDED, State.DONE]
 
 
+def test_a_step_that_is_saved_again_as_it_was_while_it_is_evaluated_is_evaluated_once(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    free = threading.Event()
+    backend = Fake(lambda request, _: scored(request) if free.is_set() else Status(Phase.RUNNING))
+    beside = Beside(tmp_path, settings(max_running=1), backend)
+    beside.until(lambda: backend.requests)
+    save(tmp_path, 5)
+    beside.until(lambda: any("saved again with the same weights" in line for line in beside.said))
+    free.set()
+    beside.until(lambda: logged(tmp_path))
+    assert [job.state for job in beside.end().jobs] == [State.DONE, State.SAME]
+    assert (len(backend.requests), backend.cancelled) == (1, [])
+
+
 def test_results_that_come_while_a_step_is_being_saved_again_are_not_logged(tmp_path: Path) -> None:
     path = save(tmp_path, 5) / "model.safetensors"
     data = path.read_bytes()

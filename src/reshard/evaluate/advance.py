@@ -67,9 +67,9 @@ class Advancer:
         self._finish_merge()
         held = self._store.held_by(self._owner)
         if claim:
-            held += self._store.claim(
-                _WORK, self._owner, limit=max(0, self._config.most_running - len(held)), run=self._run
-            )
+            room = self._config.most_running - len(held)
+            held += self._store.claim(_WORK, self._owner, limit=max(0, room), run=self._run)
+            held += self._claim_again()
         for job in held:
             try:
                 self._advance(job)
@@ -91,7 +91,7 @@ class Advancer:
         self._store.release(self._owner)
 
     def _advance(self, job: Job) -> None:
-        if job.state in _WORK and self._newer(job) is not None:
+        if job.state in _WORK and self._is_displaced(job):
             self._supersede(job)
             return
         match job.state:
@@ -106,13 +106,28 @@ class Advancer:
 
     # ------------------------------------------------------------------------------------------- saved again
 
+    def _claim_again(self) -> list[Job]:
+        """Later saves of steps that are being evaluated: what becomes of those depends on their weights."""
+        ready = self._store.jobs([State.READY], run=self._run)
+        again = [
+            job for job in ready if job.owner != self._owner and any(o.id < job.id for o in self._open_siblings(job))
+        ]
+        return [job for job in again if self._store.take(job, self._owner)]
+
     def _siblings(self, job: Job) -> list[Job]:
         """Other saves of the same step that were whole."""
         jobs = self._store.jobs(run=job.run, step=job.step)
         return [other for other in jobs if other.kind == job.kind and other.fingerprint and other.id != job.id]
 
-    def _newer(self, job: Job) -> Job | None:
-        return next((o for o in self._siblings(job) if o.id > job.id and o.state in _COUNTS), None)
+    def _open_siblings(self, job: Job) -> list[Job]:
+        return [other for other in self._siblings(job) if other.state in _COUNTS]
+
+    def _newer(self, job: Job) -> list[Job]:
+        return [other for other in self._open_siblings(job) if other.id > job.id]
+
+    def _is_displaced(self, job: Job) -> bool:
+        """Whether a later save counts instead: one with other weights, or any, before these are merged."""
+        return any(not job.digest or other.digest not in ("", job.digest) for other in self._newer(job))
 
     def _outlived(self, job: Job) -> bool:
         """Whether a later save of the step came to nothing."""
@@ -137,18 +152,27 @@ class Advancer:
     def _settled_by_sibling(self, job: Job) -> bool:
         """Whether an earlier save of the step decides what becomes of this one, which is merged."""
         for other in self._siblings(job):
-            if other.state in (State.DONE, State.MEASURED):
-                same = bool(other.digest) and other.digest == job.digest
-                state = State.SAME if same else State.REWRITTEN
-                what = "the same weights" if same else "other weights after its results had been logged, which stand"
-                self._end(job, state, f"the step was saved again with {what}")
-                self._say(f"{called(job)} was saved again with {what}")
+            is_logged = other.state in (State.DONE, State.MEASURED)
+            is_earlier = other.state in _COUNTS and other.id < job.id
+            if (is_logged or is_earlier) and other.digest == job.digest:
+                self._end_again(job, State.SAME, "the same weights")
                 return True
-            if other.state in _COUNTS and other.id < job.id:
-                if self._store.take(other, self._owner):
-                    self._supersede(other)
+            if is_logged:
+                self._end_again(job, State.REWRITTEN, "other weights after its results had been logged, which stand")
+                return True
+            if is_earlier:
+                self._displace(other)
                 return True  # for now
         return False
+
+    def _end_again(self, job: Job, state: State, what: str) -> None:
+        self._end(job, state, f"the step was saved again with {what}")
+        self._say(f"{called(job)} was saved again with {what}")
+
+    def _displace(self, job: Job) -> None:
+        """End an earlier save, unless another watcher holds it, who will do so."""
+        if self._store.take(job, self._owner):
+            self._supersede(job)
 
     # ------------------------------------------------------------------------------------------------- merge
 
@@ -201,16 +225,18 @@ class Advancer:
                 self._store.change(job, self._owner, merged=str(output), payload=payload)
                 return None
         reason = f"{nbytes} bytes to merge, {max(0, limit - used)} of max_merged_size are left"
+        earlier = [other for other in self._open_siblings(job) if other.id < job.id]
+        if earlier:  # which has the room, and waits to hear of these weights
+            return lambda: self._displace(earlier[0])
         if not any(other.state in _WORK for other in others):
             return lambda: self._fail(job, State.FAILED, reason, permanent=True)
         return lambda: self._wait(job, reason)
 
     def _merged(self, job: Job, output: Path, digest: str, seconds: float) -> None:
+        self._let_go_of_shards(job)
         self._store.change(
             job, self._owner, state=State.MERGED, merged=str(output), digest=digest, held="", reason="", not_before=0.0
         )
-        if job.held:
-            release(Path(job.held).parent)
         self._say(f"{called(job)}: merged in {seconds:.1f} s")
         self.changed.set()
 
@@ -313,7 +339,7 @@ class Advancer:
 
     def _measured(self, job: Job, status: Status) -> None:
         with self._store.transaction():
-            if self._newer(job) is not None:
+            if self._newer(job):
                 return
             self._store.measured(job, status.metrics, self._owner)
         shown = ", ".join(f"{m.name} {m.value:.6g}" for m in status.metrics[:4])
@@ -356,8 +382,13 @@ class Advancer:
         self._store.let_go(job, self._owner)
 
     def _end(self, job: Job, state: State, reason: str, **columns: Any) -> None:
+        self._let_go_of_shards(job)
         self._store.end_attempt(job, state, reason, self._owner, state=state, held="", **columns)
+
+    def _let_go_of_shards(self, job: Job) -> None:
+        """Before it is noted that nothing is held: nobody would look for it afterwards. Raises LeaseLost."""
         if job.held:
+            self._store.change(job, self._owner)
             release(Path(job.held).parent)
 
     def _defect(self, job: Job, error: Exception) -> None:

@@ -20,6 +20,11 @@ from pathlib import Path
 from reshard.errors import NotFound
 from reshard.evaluate.store import Job
 
+_NOTING_S = 60.0
+"""Longer than anybody takes to note what is complete."""
+_MAKING_S = 6 * 3600.0
+"""Longer than copying a checkpoint takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -68,8 +73,9 @@ class Places:
         return path
 
 
-def sweep(folder: Path, wanted: set[str], older_than_s: float = 3600.0) -> None:
+def sweep(folder: Path, wanted: set[str]) -> None:
     """Remove what nobody knows of in a directory of ours, once it is old enough not to be in the making."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name not in wanted and time.time() - path.stat().st_mtime > older_than_s:
+        patience_s = _MAKING_S if path.name.startswith(".") else _NOTING_S
+        if path.name not in wanted and time.time() - path.stat().st_mtime > patience_s:
             shutil.rmtree(path, ignore_errors=True)

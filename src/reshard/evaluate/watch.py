@@ -28,6 +28,7 @@ _DELIVER_S = 60.0
 """How long the loggers may take at the end."""
 _CHECK_S = 60.0
 _AGAIN = (State.FAILED, State.CANCELLED, State.TIMED_OUT, State.LOST)
+_DISPLACED = (State.SAME, State.SUPERSEDED)
 Say = Callable[[str], None]
 
 
@@ -94,8 +95,11 @@ class _Watcher:
         if self._journal.restore():
             self._adopt()
         if again:
-            for job in self._store.jobs(_AGAIN, run=self.run_name):
-                self._store.drop(job)
+            jobs = self._store.jobs([*_AGAIN, *_DISPLACED], run=self.run_name)
+            steps = {(job.step, job.kind) for job in jobs if job.state in _AGAIN}
+            for job in jobs:
+                if (job.step, job.kind) in steps:
+                    self._store.drop(job)
 
     def _adopt(self) -> None:
         """Jobs for results that only evals.jsonl knew."""
