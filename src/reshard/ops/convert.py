@@ -251,7 +251,8 @@ def _by_id(settings: Settings, options: Options) -> Settings:
     """The settings, with what --model-id adds. Raises Mismatch where they contradict it."""
     if options.model_id is None:
         return settings
-    return replace(settings, values=nemo2.filled(settings.values, options.model_id))
+    named = settings.hf_model_id or options.model_id
+    return replace(settings, values=nemo2.filled(settings.values, options.model_id), hf_model_id=named)
 
 
 def _rows_kept(tensors: Mapping[str, Tensor], facts: Facts, options: Options) -> tuple[Facts, Facts]:
