@@ -30,6 +30,7 @@ from reshard.evaluate.backend import Phase, Request, Status, Unavailable
 from reshard.evaluate.config import Settings, settings_of
 from reshard.evaluate.metrics import Metric
 from reshard.evaluate.places import Places
+from reshard.evaluate.protect import hold
 from reshard.evaluate.ready import whole
 from reshard.evaluate.store import Key, New, State, Store
 from reshard.evaluate.watch import Watched, watch
@@ -581,6 +582,15 @@ def test_a_machine_that_goes_down_with_its_evaluations_logs_each_step_once(tmp_p
                     os.killpg(int(path.read_text()), signal.SIGKILL)
         assert watchers(run, block(tally)) == 0
         assert sorted(logged(run)) == [(step, "eval/t/acc", float(step)) for step in (1, 2)]
+
+
+def test_what_was_held_when_a_watcher_was_killed_is_evaluated_though_the_checkpoint_is_gone(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    found = whole(path, "regular", None)
+    hold(found, Places.of(tmp_path).held(5, "regular", found.fingerprint))
+    shutil.rmtree(path)
+    assert states(once(tmp_path, settings(), Fake())) == {5: "done"}
+    assert logged(tmp_path) == [(5, "eval/t/acc", 5.0)]
 
 
 def test_two_watchers_share_a_run_and_evaluate_each_step_once(tmp_path: Path) -> None:

@@ -53,9 +53,13 @@ class Places:
     def end(self) -> Path:
         return self.folder / "training-ended"
 
+    @property
+    def held_folder(self) -> Path:
+        return self.folder / "held"
+
     def held(self, step: int, kind: str, fingerprint: str) -> Path:
         """Where the shards of a job are held."""
-        return self.folder / "held" / f"step-{step}-{kind}-{fingerprint[:12]}"
+        return self.held_folder / f"step-{step}-{kind}-{fingerprint[:12]}"
 
     @property
     def merged(self) -> Path:

@@ -7,6 +7,7 @@ held is lost, and said to be.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ _NEWEST = 2
 _OTHERS = 4
 _STILL = 2
 """Looks that must agree."""
+_HELD = re.compile(r"step-(?P<step>\d+)-(?P<kind>regular|ema)-(?P<fingerprint>[0-9a-f]{12})")
 Say = Callable[[str], None]
 
 
@@ -59,6 +61,36 @@ class Scanner:
                     with suppress(LeaseLost):  # another watcher has just done the same
                         self._look_at(step, kind, path, jobs)
         self._note_lost(known)
+
+    def adopt(self) -> None:
+        """Take up what is held and not noted: a watcher was killed in between, and the checkpoint may be gone."""
+        known = self._known()
+        folder = self._places.held_folder
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            match = _HELD.fullmatch(path.name)
+            inner = [child for child in path.iterdir() if child.is_dir()] if match else []
+            if match is None or len(inner) != 1:
+                continue
+            jobs = known.get((int(match["step"]), match["kind"]), [])
+            if not any(job.fingerprint for job in jobs):
+                with suppress(InputError, LeaseLost):  # what is not whole any more is cleared away later
+                    self._adopt(int(match["step"]), match["kind"], match["fingerprint"], inner[0])
+
+    def _adopt(self, step: int, kind: str, wanted: str, held: Path) -> None:
+        found = whole(held, kind, self._base)
+        source = next((path for number, path in steps(self._places.run) if number == step), None)
+        if not found.fingerprint.startswith(wanted) or (source is not None and not _is_same(source, found)):
+            return
+        files = {name: list(stamp) for name, stamp in found.files.items()}
+        key = Key(self._run, step, kind, found.fingerprint)
+        seen = self._store.find(Key(self._run, step, kind))
+        place = str(source or (seen.source if seen else self._places.run / held.name))
+        with self._store.transaction():
+            job, made = self._store.add(New(key, State.READY, place, "held before a watcher was killed", files))
+            if made:
+                self._store.change(job, held=str(held))
+            if seen is not None:
+                self._store.drop(seen)
 
     def is_settled(self) -> bool:
         """Whether another look will find nothing new unless the trainer writes."""
@@ -174,6 +206,11 @@ def _is_rewritten(path: Path, job: Job) -> bool:
     if not job.files:
         return True
     return any(list(stamp) != job.files[name] for name, stamp in stamps(path, job.files).items())
+
+
+def _is_same(path: Path, found: Whole) -> bool:
+    """Whether a checkpoint in the run is the one that is held."""
+    return stamps(path, found.files) == dict(found.files)
 
 
 def called(job: Job) -> str:

@@ -90,10 +90,11 @@ class _Watcher:
 
     def begin(self, again: bool) -> None:
         """Take over what stands, and clear what an earlier watcher was killed over."""
-        jobs = self._store.jobs(run=self.run_name)
-        sweep(self._places.folder / "held", {Path(job.held).parent.name for job in jobs if job.held})
         if self._journal.restore():
             self._adopt()
+        self._scanner.adopt()
+        jobs = self._store.jobs(run=self.run_name)
+        sweep(self._places.held_folder, {Path(job.held).parent.name for job in jobs if job.held})
         if again:
             jobs = self._store.jobs([*_AGAIN, *_DISPLACED], run=self.run_name)
             steps = {(job.step, job.kind) for job in jobs if job.state in _AGAIN}
