@@ -356,6 +356,20 @@ def test_io_json_alone_is_enough(tmp_path: Path) -> None:
     assert differing(TRUTH, tmp_path / "hf") == []
 
 
+def test_weights_and_context_may_lie_in_one_directory(tmp_path: Path) -> None:
+    """As the first releases of NeMo 2 kept them."""
+    for name in ("weights", "context"):
+        shutil.copytree(REAL / name, tmp_path / "a", dirs_exist_ok=True)
+    (tmp_path / "a/model.yaml").unlink()
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "hf"), "--to", "hf", "-q"]) == 0
+    assert differing(TRUTH, tmp_path / "hf") == []
+
+
+def test_the_directory_of_the_weights_is_enough_to_name(tmp_path: Path) -> None:
+    assert main(["convert", str(REAL / "weights"), str(tmp_path / "hf"), "--to", "hf", "-q"]) == 0
+    assert differing(TRUTH, tmp_path / "hf") == []
+
+
 # ----------------------------------------------------------------------------------------- the script and its names
 
 
@@ -642,6 +656,13 @@ def test_a_tokenizer_outside_of_the_context_is_not_taken(named: str, tmp_path: P
     assert nemo2_context.tokenizer_path(source / "context", found) is None
     assert main(["convert", str(source), str(tmp_path / "hf"), "--to", "hf", "-q"]) == 0
     assert not (tmp_path / "hf/tokenizer.json").exists()
+
+
+def test_an_adapter_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(REAL, tmp_path / "a")
+    (tmp_path / "a/weights/adapter_metadata.json").write_text('{"model_ckpt_path": "/base"}')
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "hf"), "--to", "hf"]) == 1
+    assert "an adapter's weights alone" in capsys.readouterr().err
 
 
 def test_a_context_of_another_kind_of_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

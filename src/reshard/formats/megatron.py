@@ -82,6 +82,7 @@ def open_located(located: Located, *, verify: bool = False) -> MegatronCheckpoin
     With `verify` copies that several ranks hold are read and compared. Raises Incomplete when shards or chunks are
     missing, Unsupported for weights that are stored quantized.
     """
+    _check_whole(located)
     match located.format:
         case "torch_dist" | "fsdp_dtensor":
             opened = _of_dcp(located, verify)
@@ -344,6 +345,16 @@ def _is_filled(value: Any) -> bool:
         content = value.state[0] if isinstance(value.state, tuple) and value.state else b""
         return isinstance(content, bytes) and len(content) > 2048
     return isinstance(value, bytes) and len(value) > 2048
+
+
+def _check_whole(located: Located) -> None:
+    """Raise Unsupported where NeMo 2 kept an adapter's weights alone."""
+    path = located.weights / "adapter_metadata.json"
+    if path.is_file():
+        raise Unsupported(
+            f"{located.weights} holds an adapter's weights alone: {path.name} names the model that it was trained on",
+            hint="merge the adapter into that model with NeMo (llm.peft.merge_lora), and convert the result",
+        )
 
 
 def _check_unquantized(opened: MegatronCheckpoint) -> None:

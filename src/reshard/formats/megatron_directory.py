@@ -233,6 +233,8 @@ def _described(weights: Path, format: str) -> Located:
     numbered = _iteration_of(checkpoint.name)
     root = checkpoint.parent if numbered is not None else checkpoint
     context = _first(places, "context", directory=True)
+    if context is None and (beside := _first(places, "io.json")) is not None:
+        context = beside.parent  # of NeMo 2 before it had directories for weights and context
     model_config = _model_config(places)
     found = Located(
         root,
