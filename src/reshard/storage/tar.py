@@ -66,7 +66,7 @@ class Archive:
     directories: dict[str, dict[str, None]]
     """Names of what is in each, in the archive's order; the archive itself is ``""``."""
     notices: tuple[str, ...] = ()
-    scratch: BinaryIO | None = field(default=None, repr=False)
+    scratch: _Scratch | None = field(default=None, repr=False)
     """The decompressed archive, of a compressed one."""
 
     def descriptor(self) -> int:
@@ -74,9 +74,9 @@ class Archive:
         if self.scratch is None:
             return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:  # a description of its own, so that advice about one reader's pattern is not another's
-            return os.open(f"/proc/self/fd/{self.scratch.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(f"/proc/self/fd/{self.scratch.fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            return os.dup(self.scratch.fileno())
+            return os.dup(self.scratch.fd)
 
 
 # ---------------------------------------------------------------------------------------------------------- places
@@ -309,19 +309,36 @@ def _plain(path: str, file: BinaryIO, about: os.stat_result) -> Archive:
 
 
 def _compressed(path: str, file: BinaryIO, about: os.stat_result) -> Archive:
-    scratch = tempfile.TemporaryFile(prefix="reshard-")  # noqa: SIM115
-    try:
-        stream = _Inflated(path, file, about.st_size, scratch)
-        files, directories, notices = _members(path, stream)
-        stream.finish()
-    except BaseException:
-        scratch.close()
-        raise
+    scratch = _Scratch()
+    stream = _Inflated(path, file, about.st_size, scratch)
+    files, directories, notices = _members(path, stream)
+    stream.finish()
     said = (
         f"{path} is compressed, and a gzip cannot be read in place: {stream.nbytes} bytes were decompressed into a "
         f"temporary file in {tempfile.gettempdir()}, which goes when this ends (gunzip it to spare that)"
     )
     return Archive(path, about, files, directories, (said, *notices), scratch)
+
+
+class _Scratch:
+    """A temporary file without a name, gone with the last descriptor of it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self) -> None:
+        self.fd = -1
+        with tempfile.TemporaryFile(prefix="reshard-") as file:
+            self.fd = os.dup(file.fileno())
+
+    def write(self, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self.fd, view, offset)
+            view, offset = view[written:], offset + written
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
 
 
 class _Headers:
@@ -362,7 +379,7 @@ class _Headers:
 class _Inflated(_Headers):
     """A compressed archive, decompressed as far as it was asked for."""
 
-    def __init__(self, path: str, file: BinaryIO, nbytes: int, scratch: Any) -> None:
+    def __init__(self, path: str, file: BinaryIO, nbytes: int, scratch: _Scratch) -> None:
         super().__init__(path, file, nbytes)
         self.nbytes = 0
         """Decompressed so far."""
@@ -401,13 +418,12 @@ class _Inflated(_Headers):
 
     def _show(self, offset: int, nbytes: int) -> bytes:
         self._inflate_to(offset + nbytes)
-        self._scratch.flush()
-        return os.pread(self._scratch.fileno(), nbytes, offset)
+        return os.pread(self._scratch.fd, nbytes, offset)
 
     def _inflate_to(self, stop: int) -> None:
         while self.nbytes < stop and not self._ended:
             data = self._next_piece()
-            self._scratch.write(data)
+            self._scratch.write(data, self.nbytes)
             self.nbytes += len(data)
 
     def _next_piece(self) -> bytes:
@@ -451,7 +467,8 @@ def _members(path: str, headers: _Headers) -> tuple[dict[str, Place], dict[str, 
             if count > _MAX_NUM_MEMBERS:
                 raise Unsupported(f"{path} has more than {_MAX_NUM_MEMBERS} members")
             name = _checked_name(path, info)
-            headers.reach(name or "the directory", info.offset_data + (info.size if info.isreg() else 0))
+            nbytes = -(-info.size // _BLOCK_NBYTES) * _BLOCK_NBYTES if info.isreg() else 0
+            headers.reach(name or "the directory", info.offset_data + nbytes)
             _enter(path, name, info, files, directories, again)
     except InputError:
         raise
