@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,9 @@ class _Descriptor:
         else:
             self.nbytes = os.fstat(self.fd).st_size
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
 
 class Ledger:

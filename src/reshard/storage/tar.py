@@ -29,7 +29,7 @@ import tempfile
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -336,9 +336,9 @@ class _Scratch:
             written = os.pwrite(self.fd, view, offset)
             view, offset = view[written:], offset + written
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
 
 class _Headers:
