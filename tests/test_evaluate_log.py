@@ -60,7 +60,7 @@ def test_a_line_that_was_cut_short_is_written_again(store: Store, tmp_path: Path
     measured(store, 100)
     Journal(path, store).write()
     whole = path.read_bytes()
-    for cut in range(1, len(whole.splitlines(keepends=True)[1])):
+    for cut in range(1, len(whole.splitlines(keepends=True)[1]), 9):
         path.write_bytes(whole[:-cut])
         with store.transaction() as connection:
             connection.execute("UPDATE results SET logged = 0")

@@ -635,6 +635,8 @@ def test_the_command_line_watches_and_shows(tmp_path: Path, capsys: pytest.Captu
     assert main(["evals", str(run), "--best", "t/acc", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)
     assert (best["step"], best["checkpoint"]) == (20, str(run / "checkpoint-20"))
+    assert main(["watch", str(run), "--config", str(config), "--once", "--json", "--quiet"]) == 0
+    assert [job["state"] for job in json.loads(capsys.readouterr().out)["jobs"]] == ["done", "done"]
     assert main(["evals", str(run), "--best", "t/f1"]) == 1
     assert "there are t/acc" in capsys.readouterr().err
 
@@ -666,6 +668,26 @@ def test_sigterm_finishes_what_is_under_way(tmp_path: Path) -> None:
         child.stderr.read()
     assert child.returncode == 0
     assert logged(run) == [(5, "eval/t/acc", 5.0)]
+
+
+def test_a_second_sigterm_stops_at_once_and_the_next_watch_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save(run, 5)
+    config, go = tmp_path / "eval.yaml", tmp_path / "go"
+    script = f'until [ -e "{go}" ]; do sleep 0.02; done; ' + EVALUATE
+    command = ["sh", "-c", script, "evaluate", "{step}", str(tmp_path / "tally"), "{output}"]
+    config.write_text(json.dumps({"eval_config": {"backend": "command", "command": command, "poll_interval": 0.05}}))
+    words = [sys.executable, "-m", "reshard", "watch", str(run), "--config", str(config)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if "finishing" in line or "submitted" in line:
+                child.send_signal(signal.SIGTERM)
+    assert child.returncode == 130
+    go.touch()
+    assert main(["watch", str(run), "--config", str(config), "--once"]) == 0
+    assert logged(run) == [(5, "eval/t/acc", 5.0)]
+    assert (tmp_path / "tally").read_text() == "5\n"
 
 
 @pytest.mark.slow

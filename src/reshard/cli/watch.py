@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
         output.say(f"note: {line}")
     for job in watched.problems:
         output.say(f"step {job.step} ({job.kind}) has no results: {job.state}: {brief(job.reason)}")
-    return 1 if watched.problems else 0
+    if watched.left:
+        output.say(f"note: {watched.left} steps are under way: the next watch goes on with them")
+    return 130 if watched.is_interrupted else 1 if watched.problems else 0
 
 
 def _say(text: str) -> None:

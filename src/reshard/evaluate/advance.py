@@ -218,7 +218,7 @@ class Advancer:
         """Take room for a whole model; what to do instead, where there is none."""
         limit = self._config.max_merged_nbytes
         with self._store.transaction():
-            others = [j for j in self._store.jobs(run=self._run) if j.merged and j.id != job.id]
+            others = [other for other in self._store.with_models(self._run) if other.id != job.id]
             used = sum(int(j.payload.get("merged_nbytes", 0)) for j in others)
             if limit is None or used + nbytes <= limit:
                 payload = {**job.payload, "merged_nbytes": nbytes}
@@ -400,10 +400,10 @@ class Advancer:
 
     def prune(self) -> None:
         """Remove the whole models that are done with and not to be kept; shards too, where the settings say so."""
-        jobs = self._store.jobs(run=self._run)
-        ended = [job for job in jobs if job.merged and job.state in FINAL]
+        ended = [job for job in self._store.with_models(self._run) if job.state in FINAL]
         if not ended:
             return
+        jobs = self._store.jobs(run=self._run)
         stay = kept(jobs, self._store.results(run=self._run), self._config)
         if self._config.remove_shards:
             self._remove_shards(jobs, stay)

@@ -327,6 +327,10 @@ class Store:
                 values.append(value)
         return self._jobs(" AND ".join(where), *values)
 
+    def with_models(self, run: str) -> list[Job]:
+        """The jobs of a run whose whole models are there, or are being made."""
+        return self._jobs("run = ? AND merged != ''", run)
+
     def count(self, states: Iterable[State], *, before: int | None = None) -> int:
         """How many jobs are in some states; of those that are older than the one with the number `before`."""
         chosen = sorted(states)

@@ -40,6 +40,13 @@ class Watched:
     """All that are known of the run."""
     undelivered: tuple[str, ...]
     """What loggers have not got yet, a sentence each."""
+    is_interrupted: bool = False
+    """Whether it was asked to stop at once."""
+
+    @property
+    def left(self) -> int:
+        """Steps that the next watch goes on with."""
+        return sum(not job.is_final and job.state != State.SEEN for job in self.jobs)
 
     @property
     def problems(self) -> tuple[Job, ...]:
@@ -72,7 +79,7 @@ def watch(
         with _heart(store, watcher.owner), _deliveries(settings, places, store) as deliveries:
             watcher.run(once, asked, deliveries)
             undelivered = tuple(_finish(deliveries, asked))
-        return Watched(tuple(store.jobs(run=watcher.run_name)), undelivered)
+        return Watched(tuple(store.jobs(run=watcher.run_name)), undelivered, asked.at_once)
 
 
 class _Watcher:
