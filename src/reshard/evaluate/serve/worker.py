@@ -242,6 +242,8 @@ class Worker:
 
     def _finish(self, job: Job, status: Status) -> None:
         """Write down how it ended, once."""
+        if job.payload["source"] and not job.payload["merged_to"]:  # first: of a job that ended nobody looks for it
+            shutil.rmtree(self._own_merged(job), ignore_errors=True)
         payload = self._payload(job)
         columns: dict[str, Any] = {}
         match status.phase:
@@ -261,8 +263,6 @@ class Worker:
                 columns = {"state": State.FAILED}
         changed = self._store.end_attempt(job, columns["state"], status.reason[:_REASON_CHARS], self._owner, **columns)
         self._store.let_go(changed, self._owner)
-        if job.payload["source"] and not job.payload["merged_to"]:
-            shutil.rmtree(self._own_merged(job), ignore_errors=True)
 
     def _payload(self, job: Job) -> Mapping[str, Any]:
         """As it is now: a cancellation may have come in between."""
