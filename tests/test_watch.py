@@ -32,6 +32,7 @@ from reshard.evaluate.metrics import Metric
 from reshard.evaluate.places import Places
 from reshard.evaluate.protect import hold
 from reshard.evaluate.ready import whole
+from reshard.evaluate.scan import is_over
 from reshard.evaluate.store import Key, New, State, Store
 from reshard.evaluate.watch import Watched, watch
 
@@ -362,6 +363,30 @@ def test_a_trainer_that_touches_a_checkpoint_in_mid_merge_does_no_harm(
     value = 5.0 if what == "removes" else 8.0
     assert logged(tmp_path) == [(5, "eval/t/acc", value)]
     assert [str(job.state) for job in watched.jobs] == (["done"] if what == "removes" else ["superseded", "done"])
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("compute_summary.json", "{}"), ("evals/training-ended", ""),
+        ("checkpoint-5/trainer_state.json", '{"global_step": 5, "max_steps": 5, "log_history": []}'),
+    ],
+)  # fmt: skip
+def test_a_watch_ends_when_training_has(tmp_path: Path, name: str, text: str) -> None:
+    path = save(tmp_path, 5)
+    (tmp_path / "evals").mkdir()
+    assert not is_over(Places.of(tmp_path))
+    (tmp_path / name).write_text(text)
+    assert is_over(Places.of(tmp_path))
+    assert states(watch(settings(), Places.of(tmp_path), backend=Fake())) == {5: "done"}
+    later = save(tmp_path, 6)  # training goes on from there
+    os.utime(later, (path.stat().st_mtime + 60, path.stat().st_mtime + 60))
+    assert not is_over(Places.of(tmp_path))
+
+
+def test_checkpoints_may_lie_in_a_directory_for_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints", 5)
+    assert states(once(tmp_path, settings(), Fake())) == {5: "done"}
 
 
 # ------------------------------------------------------------------------------------------------- what goes wrong
