@@ -310,6 +310,62 @@ def test_stages_are_counted_on(tmp_path: Path) -> None:
     _assert_is_llama(pack(tmp_path / "m.nemo", _with_fields(_legacy(files), {"pipeline_model_parallel_size": 2})))
 
 
+def _before_core(state: Mapping[str, torch.Tensor], fused: bool) -> dict[str, torch.Tensor]:
+    """One rank's state dict under the names that NeMo's converter to Megatron-Core takes them from."""
+    names = {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "self_attention.linear_qkv.weight": "self_attention.query_key_value.weight",
+        "self_attention.linear_proj.weight": "self_attention.dense.weight",
+        "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+        "mlp.linear_fc1.weight": "mlp.dense_h_to_4h.weight",
+        "mlp.linear_fc2.weight": "mlp.dense_4h_to_h.weight",
+    }
+    found = {"model.language_model.rotary_pos_emb.inv_freq": torch.ones(4)}
+    for name, tensor in state.items():
+        old = name.replace("decoder.", "encoder.")
+        for new, before in names.items():
+            old = old.replace(new, before)
+        if "dense_h_to_4h" in old and not fused:
+            tensor, up = tensor.chunk(2)
+            found[f"model.language_model.{old.replace('h.weight', 'h_2.weight')}"] = up.clone()
+        found[f"model.language_model.{old}"] = tensor.clone()
+    return found
+
+
+def _ranks(num_ranks: int) -> list[dict[str, torch.Tensor]]:
+    """The truth, cut as tensor parallel ranks hold it."""
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(num_ranks)]
+    for name, tensor in truth().items():
+        if "norm" in name:
+            cut = [tensor] * num_ranks
+        elif "linear_fc1" in name:
+            gate, up = (half.chunk(num_ranks) for half in tensor.chunk(2))
+            cut = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+        else:
+            cut = list(tensor.chunk(num_ranks, 1 if "linear_proj" in name or "linear_fc2" in name else 0))
+        for part, piece in zip(parts, cut, strict=True):
+            part[name] = piece.clone()
+    return parts
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["swiglu", "fast-swiglu"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_names_from_before_megatron_core_are_taken_for_the_same_weights(
+    num_ranks: int, fused: bool, tmp_path: Path
+) -> None:
+    saved = [_saved(_before_core(part, fused)) for part in _ranks(num_ranks)]
+    places = ["model_weights.ckpt"] if num_ranks == 1 else [f"mp_rank_{n:02d}/model_weights.ckpt" for n in (0, 1)]
+    found = _legacy(dict(zip(places, saved, strict=True)))
+    _assert_is_llama(pack(tmp_path / "m.nemo", _with_fields(found, {"tensor_model_parallel_size": num_ranks})))
+
+
+def test_a_name_from_before_megatron_core_that_has_no_other_is_listed(tmp_path: Path) -> None:
+    state = _before_core(truth(), True) | {"model.language_model.encoder.layers.0.adapter.weight": torch.ones(2)}
+    source = pack(tmp_path / "m.nemo", _legacy({"model_weights.ckpt": _saved(state)}))
+    with pytest.raises(Unsupported, match=r"layers\.0\.adapter\.weight"):
+        open_located(locate(source))
+
+
 def test_a_run_of_nemo_1_is_read_with_the_settings_that_lightning_keeps(tmp_path: Path) -> None:
     about = nemo1.settings_of(extract(tmp_path / "x", _legacy({})) / "model_config.yaml")
     hyper = {"cfg": {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8,
@@ -398,6 +454,8 @@ def test_a_field_means_what_nemo_1_takes_it_for(case: str, tmp_path: Path) -> No
         ({"activation": "mish"}, "the activation 'mish'"),
         ({"normalization": "scalenorm"}, "the normalization 'scalenorm'"),
         ({"hidden_size": None}, "no hidden_size"),
+        ({"transformer_block_type": "post_ln"}, "post_ln"),
+        ({"megatron_legacy": True}, "megatron_legacy True"),
         ({"num_layers": "${multiply:2,3}"}, "num_layers"),
         (
             {"target": "nemo.collections.nlp.models.language_modeling.megatron_bert_model.MegatronBertModel"},

@@ -1,7 +1,7 @@
 """Convert a model from one format and dialect to another, and prove it.
 
 SRC   a HuggingFace directory or hub id, a run that merges to one, or a Megatron checkpoint (torch_dist, fsdp_dtensor,
-      zarr, mp_rank_*): the run, iter_NNNNNNN or the directory of the weights
+      zarr, mp_rank_*): the run, iter_NNNNNNN or the directory of the weights; or NeMo 1's archive, a .nemo
 OUT   a directory
 
 `--input_path SRC --output_path OUT --model_id ID --tokenizer_path P --tokenizer_library L`, as NVIDIA's

@@ -189,12 +189,13 @@ class _RankFile:
                     f"{self.path}: {name} is a {kind}: the weights are stored quantized",
                     hint="save the checkpoint again with weights of 16 or 32 bits (without --fp8-param-gather)",
                 )
-        return found
+        return nemo1.to_core(found, str(self.path)) if any(map(nemo1.is_before_core, found)) else found
 
     def _check_core(self, state: Mapping[Any, Any]) -> None:
         """Raise Unsupported for the models that Megatron-LM had before Megatron-Core."""
         nested = [key for key in state if isinstance(state[key], Mapping)]
         old = [key for key in state if isinstance(key, str) and re.search(r"query_key_value|dense_h_to_4h", key)]
+        old = [key for key in old if not nemo1.is_before_core(key)]
         if old or "language_model" in nested or "encoder" in nested:
             raise Unsupported(
                 f"{self.path} is a model from before Megatron-Core: {listed(map(str, old or nested), 3)}",

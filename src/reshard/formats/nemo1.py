@@ -5,11 +5,14 @@
     hparams.yaml                           of a training run, in the folder above `checkpoints`: the same behind `cfg:`
     hyper_parameters                       in a training checkpoint's common.pt or rank files: the same as an object
 
+Models of NeMo 1 from before Megatron-Core have the same weights in the same layout, under names of their own.
+
 Whatever the YAML does not say NeMo 1 takes from defaults of its own code, so these are values that were trained with,
 and count as said. Any setting of Megatron-Core's own name is handed on to it.
 
 Source: NeMo `collections/nlp/models/language_modeling/megatron_base_model.py:build_transformer_config`,
-`megatron_gpt_model.py`, `collections/nlp/parts/nlp_overrides.py`, 1.20 to 2.4.
+`megatron_gpt_model.py`, `collections/nlp/parts/nlp_overrides.py`,
+`scripts/checkpoint_converters/convert_gpt_nemo_to_mcore.py`, 1.20 to 2.4.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from reshard.core.tensor import Tensor
+from reshard.core.tensor import Tensor, concat
 from reshard.errors import Unsupported, listed
 from reshard.formats import huggingface, megatron_settings, token_count
 from reshard.formats.megatron_settings import Settings
@@ -83,6 +86,15 @@ _NOT_SETTINGS = frozenset(
 )  # fmt: skip
 """Fields that are read on their own, or that mean something else than the setting of their name."""
 
+_COMPUTED = {
+    "transformer_block_type": "pre_ln",
+    "megatron_legacy": False,
+    "headscale": False,
+    "use_emha": False,
+    "normalize_attention_scores": True,
+}
+"""What all models that can be converted have in common."""
+
 _INTERPOLATION = re.compile(r"\$\{\s*\.?(?:model\.|cfg\.)?(\w+)\s*\}")
 
 
@@ -132,6 +144,7 @@ def _settings(document: Mapping[str, Any], where: str) -> Settings:
     more = stated.get("mcore_customization_config")
     values |= {str(name): value for name, value in more.items()} if isinstance(more, Mapping) else {}
     _check_resolved(values, where)
+    _check_computed(stated, where)
     return megatron_settings.settings(values, MODEL_CONFIG, None)
 
 
@@ -167,6 +180,12 @@ def _check_resolved(values: Mapping[str, Any], where: str) -> None:
     if wrong:
         raise Unsupported(f"{where}: numbers were expected for {listed(wrong)}",
                           hint="write the numbers in: OmegaConf would compute them")  # fmt: skip
+
+
+def _check_computed(stated: Mapping[str, Any], where: str) -> None:
+    other = [f"{name} {stated[name]!r:.60}" for name, value in _COMPUTED.items() if stated.get(name, value) != value]
+    if other:
+        raise Unsupported(f"{where}: models with {listed(other)} compute what no other format says")
 
 
 # ------------------------------------------------------------------------------------------------------ one to many
@@ -266,6 +285,63 @@ def _lacking(found: Tokenizer) -> tuple[str, ...]:
     return (
         f"the tokenizer is {found.hub} on the hub, and the archive has none of its files: only the name is taken over",
     )
+
+
+# --------------------------------------------------------------------------------------------- before Megatron-Core
+
+_BEFORE_CORE = re.compile(r"model\.(?:module\.)*(?:language_model\.(?:encoder\.)?(?P<name>.+)|word_embeddings\.weight)")
+_LAYER_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "self_attention.query_key_value.": "self_attention.linear_qkv.",
+    "self_attention.dense.": "self_attention.linear_proj.",
+    "post_attention_layernorm.": "mlp.linear_fc1.layer_norm_",
+    "mlp.dense_h_to_4h.": "mlp.linear_fc1.",
+    "mlp.dense_4h_to_h.": "mlp.linear_fc2.",
+}
+_UP = ".mlp.dense_h_to_4h_2."
+
+
+def is_before_core(name: str) -> bool:
+    """Whether a tensor has the name that NeMo 1's own model gave it, before it had Megatron-Core's."""
+    return _BEFORE_CORE.fullmatch(name) is not None
+
+
+def to_core(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors of one rank under Megatron-Core's names.
+
+    The two halves of a gated MLP become one tensor, rows of the gate first. Raises Unsupported, listing all, for names
+    that have no other.
+    """
+    found: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        core = _core_name(name)
+        if core is None and _UP not in name and not name.endswith(".inv_freq"):
+            unknown.append(name)
+        elif core is not None:
+            up = tensors.get(name.replace(".mlp.dense_h_to_4h.", _UP)) if ".mlp.dense_h_to_4h." in name else None
+            found[core] = tensor if up is None else concat([tensor, up], 0)
+    if unknown:
+        raise Unsupported(f"{where}: a model from before Megatron-Core, with tensors that it has no names for: "
+                          f"{listed(unknown)}", hint="NeMo's convert_gpt_nemo_to_mcore.py may convert it")  # fmt: skip
+    return found
+
+
+def _core_name(name: str) -> str | None:
+    match = _BEFORE_CORE.fullmatch(name)
+    if match is None:
+        return None
+    if match["name"] is None:  # a tied embedding, once more on the last stage
+        return "model.output_layer.weight"
+    if not match["name"].startswith("layers."):
+        known = ("embedding.word_embeddings.", "embedding.position_embeddings.", "output_layer.", "final_layernorm.")
+        inner = "decoder." if match["name"].startswith("final_layernorm.") else ""
+        return f"model.{inner}{match['name']}" if match["name"].startswith(known) else None
+    _, number, rest = match["name"].split(".", 2)
+    first = next((old for old in _LAYER_NAMES if rest.startswith(old)), None)
+    if first is None or rest not in (f"{first}weight", f"{first}bias"):
+        return None
+    return f"model.decoder.layers.{number}.{_LAYER_NAMES[first]}{rest.removeprefix(first)}"
 
 
 # -------------------------------------------------------------------------------------------------------- OmegaConf
