@@ -457,6 +457,8 @@ def test_a_field_means_what_nemo_1_takes_it_for(case: str, tmp_path: Path) -> No
         ({"transformer_block_type": "post_ln"}, "post_ln"),
         ({"megatron_legacy": True}, "megatron_legacy True"),
         ({"num_layers": "${multiply:2,3}"}, "num_layers"),
+        ({"ffn_hidden_size": [96]}, r"ffn_hidden_size \[96\]"),
+        ({"normalization": ["rmsnorm"]}, "the normalization"),
         (
             {"target": "nemo.collections.nlp.models.language_modeling.megatron_bert_model.MegatronBertModel"},
             "BertModel",

@@ -143,7 +143,7 @@ def _settings(document: Mapping[str, Any], where: str) -> Settings:
         values |= derive(stated, where)
     more = stated.get("mcore_customization_config")
     values |= {str(name): value for name, value in more.items()} if isinstance(more, Mapping) else {}
-    _check_resolved(values, where)
+    _check_numbers(values, where)
     _check_computed(stated, where)
     return megatron_settings.settings(values, MODEL_CONFIG, None)
 
@@ -173,10 +173,14 @@ def _resolved(document: Mapping[str, Any], value: Any) -> Any:
     return value
 
 
-def _check_resolved(values: Mapping[str, Any], where: str) -> None:
+def _check_numbers(values: Mapping[str, Any], where: str) -> None:
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
              "seq_length", "rotary_base", "layernorm_epsilon", "num_moe_experts")  # fmt: skip
-    wrong = [f"{name} {values[name]!r:.100}" for name in names if isinstance(values.get(name), str)]
+    wrong = [
+        f"{name} {values[name]!r:.100}"
+        for name in names
+        if values.get(name) is not None and type(values[name]) not in (int, float)
+    ]
     if wrong:
         raise Unsupported(f"{where}: numbers were expected for {listed(wrong)}",
                           hint="write the numbers in: OmegaConf would compute them")  # fmt: skip
@@ -203,7 +207,7 @@ def _attention(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _norm(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if stated["normalization"] not in _NORMS:
+    if not isinstance(stated["normalization"], str) or stated["normalization"] not in _NORMS:
         raise Unsupported(f"{where}: the normalization {stated['normalization']!r:.60} is not one of {listed(_NORMS)}")
     kind, is_centered = _NORMS[stated["normalization"]]
     is_centered = is_centered or stated.get("layernorm_zero_centered_gamma") is True
@@ -211,7 +215,7 @@ def _norm(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _activation(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if stated["activation"] not in _ACTIVATIONS:
+    if not isinstance(stated["activation"], str) or stated["activation"] not in _ACTIVATIONS:
         raise Unsupported(f"{where}: the activation {stated['activation']!r:.60} is not one of {listed(_ACTIVATIONS)}")
     function, is_gated = _ACTIVATIONS[stated["activation"]]
     return {
