@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
+import tiny_models
 from checkpoints import left_in, same
 from megatron_ranks import on_ranks
 from reshard.cli.main import main
@@ -171,6 +172,15 @@ def test_rows_that_pad_the_vocabulary_stay(models: Callable[[str], Path], tmp_pa
     assert arguments(tmp_path / "b")["vocab_size"] == 96
     found = {"vocab_size": 96, "make_vocab_size_divisible_by": 32}
     assert {name: arguments(tmp_path / "c")[name] for name in found} == found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_context_has_the_dtype_of_the_weights(dtype: str, tmp_path: Path) -> None:
+    assert main(["convert", str(TRUTH), str(tmp_path / "a"), "--to", "nemo2", "--dtype", dtype, "-q"]) == 0
+    found = arguments(tmp_path / "a")
+    assert found["params_dtype"] == Symbol("torch", dtype)
+    assert (found["bf16"], found["fp16"]) == (dtype == "bfloat16", dtype == "float16")
+    assert {kind for _, kind in described(tmp_path / "a/weights")[0].values()} == {dtype}
 
 
 # --------------------------------------------------------------------------------------------- against NeMo's own
@@ -551,6 +561,12 @@ def test_what_nemo_computes_otherwise_is_refused(
     assert main(["convert", str(source), str(tmp_path / "a"), "--to", "nemo2"]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_model_with_a_vision_tower_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_models.make("qwen2_5_vl").save_pretrained(tmp_path / "hf")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "a"), "--to", "nemo2"]) == 1
+    assert "no class for qwen2_5_vl models" in capsys.readouterr().err
 
 
 def context(change: Callable[[dict[str, Any]], None]) -> bytes:

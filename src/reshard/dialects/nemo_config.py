@@ -79,13 +79,9 @@ def config_call(settings: Values, family: str, rope: Values, vocab_size: int | N
         vocab_size: Rows of the embedding; None where NeMo finds as many by the tokenizer.
         vocab_unit: NeMo makes the tokenizer's number a multiple of this.
 
-    Raises Unsupported for a family that NeMo has no class for, and for settings that the class has not.
+    Raises Unsupported for a family that NeMo has no class for, and for settings that its class has not.
     """
-    if family not in _FAMILIES:
-        raise Unsupported(
-            f"NeMo 2 has no class for {family} models that computes what they compute",
-            hint=f"the families that are written: {listed(_FAMILIES, 20)}; --to torch_dist writes the others",
-        )
+    model_class(family)
     short = _LLAMA31 if family == "llama" and settings.get("rope_scaling") is True else _FAMILIES[family][1]
     own = defaults(MODULE + short) or {}
     values = {**settings, **_window(settings, own), **_scaling(settings, rope, short)}
@@ -102,7 +98,12 @@ def config_call(settings: Values, family: str, rope: Values, vocab_size: int | N
 
 
 def model_class(family: str) -> Symbol:
-    """The class of a family's models."""
+    """The class of a family's models. Raises Unsupported for a family that NeMo has none for."""
+    if family not in _FAMILIES:
+        raise Unsupported(
+            f"NeMo 2 has no class for {family} models that computes what they compute",
+            hint=f"the families that are written: {listed(_FAMILIES, 20)}; --to torch_dist writes the others",
+        )
     return Symbol.of(MODULE + _FAMILIES[family][0])
 
 

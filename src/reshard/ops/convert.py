@@ -498,7 +498,7 @@ def _config_dtype(config: Mapping[str, Any]) -> DType | None:
 
 
 def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
-    from reshard.dialects import megatron_config, nemo_config, run_config
+    from reshard.dialects import megatron_config, run_config
 
     target = target_named(options.target)
     layout = megatron.TORCH_DIST
@@ -508,7 +508,7 @@ def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     alike = len(set(model.facts.layers)) == 1  # Megatron numbers the layers of a model with dense ones among others
     stacks = model.family.stacked and alike and options.to != "fsdp_dtensor"
     tensors = megatron.on_disk(named, layout, model.facts.sizes, stack_layers=stacks)
-    config = nemo_config.without_bands(model.config) if options.to == "nemo2" else model.config
+    config = nemo2.config_of(model.config, tensors, model.family.name) if options.to == "nemo2" else model.config
     settings, warnings = megatron_config.to_megatron(config, model.family, model.facts)
     _check_divides(settings, options)
     if options.to == "nemo2":

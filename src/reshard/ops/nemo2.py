@@ -22,6 +22,8 @@ from reshard.storage.plan import FilePlan
 LIBRARIES = ("sentencepiece", "huggingface")
 PREFIX = nemo2.PREFIX
 
+_EMBEDDING = "embedding.word_embeddings.weight"
+
 _DIRECTORY, _PIECES, _GENERATION = "nemo_tokenizer", "tokenizer.model", "generation_config.json"
 
 
@@ -82,6 +84,15 @@ def plan(
     )
 
 
+def config_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: str) -> dict[str, Any]:
+    """A config.json for `megatron_config.to_megatron`: with the dtype that is written, and NeMo's own scaling aside.
+
+    Raises Unsupported for a family that NeMo has no class for.
+    """
+    nemo_config.model_class(family)
+    return {**nemo_config.without_bands(config), "dtype": tensors[_EMBEDDING].dtype.torch}
+
+
 def filled(settings: Values, model_id: str) -> dict[str, Any]:
     """A checkpoint's settings with what --model-id adds: one of NVIDIA's names, or a directory of NeMo 2.
 
@@ -103,7 +114,7 @@ def _vocabulary(
     Without a vocab_size NeMo makes the tokenizer's number a multiple, and so do all its releases; with one it makes as
     many rows as that says, from 2.3 on.
     """
-    rows = tensors["embedding.word_embeddings.weight"].shape[0]
+    rows = tensors[_EMBEDDING].shape[0]
     unit = min(rows & -rows, 128)
     if tokenizer is None:
         return (
