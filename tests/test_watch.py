@@ -330,6 +330,22 @@ def test_where_there_are_no_hard_links_shards_are_copied_and_that_is_said(
     assert any("held by 1 copies" in line for line in said)
 
 
+def test_a_second_save_that_is_removed_before_it_was_held_is_reported_and_the_first_counts(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    free = threading.Event()
+    backend = Fake(lambda request, _: scored(request) if free.is_set() else Status(Phase.RUNNING))
+    beside = Beside(tmp_path, settings(), backend)
+    beside.until(lambda: backend.requests)
+    (path / "model.safetensors").write_bytes(b"half of a second save")
+    beside.until(lambda: any("saved again" in line for line in beside.said))
+    shutil.rmtree(path)
+    beside.until(lambda: any("removed before that was held" in line for line in beside.said))
+    free.set()
+    beside.until(lambda: logged(tmp_path))
+    assert [job.state for job in beside.end().problems] == [State.LOST]
+    assert logged(tmp_path) == [(5, "eval/t/acc", 5.0)]
+
+
 def test_a_checkpoint_that_is_removed_before_it_was_whole_is_lost_and_said_to_be(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     (path / "config.json").unlink()
@@ -676,7 +692,7 @@ def test_a_step_without_results_is_an_exit_code(tmp_path: Path, capsys: pytest.C
     config = tmp_path / "eval.yaml"
     config.write_text('eval_config: {backend: command, command: "false {model}", poll_interval: 0.05, retries: 0}')
     assert main(["watch", str(tmp_path / "run"), "--config", str(config), "--once"]) == 1
-    assert "step 5 (regular) has no results: failed" in capsys.readouterr().err
+    assert "step 5 (regular) is failed: " in capsys.readouterr().err
 
 
 def test_sigterm_finishes_what_is_under_way(tmp_path: Path) -> None:

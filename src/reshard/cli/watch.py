@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     for line in watched.undelivered:
         output.say(f"note: {line}")
     for job in watched.problems:
-        output.say(f"step {job.step} ({job.kind}) has no results: {job.state}: {brief(job.reason)}")
+        output.say(f"step {job.step} ({job.kind}) is {job.state}: {brief(job.reason)}")
     if watched.left:
         output.say(f"note: {watched.left} steps are under way: the next watch goes on with them")
     return 130 if watched.is_interrupted else 1 if watched.problems else 0

@@ -160,7 +160,11 @@ class Scanner:
         if seen is not None:
             return seen
         reason = "saved again" if again else ""
-        job, made = self._store.add(New(Key(self._run, step, kind), State.SEEN, str(path), reason))
+        with self._store.transaction():
+            now = [job for job in self._store.jobs(run=self._run, step=step) if job.kind == kind and job.fingerprint]
+            if now and not again:
+                raise LeaseLost(f"step {step}: another watcher has it by now")
+            job, made = self._store.add(New(Key(self._run, step, kind), State.SEEN, str(path), reason))
         if made:
             self._say(f"{called(job)}: {reason or 'seen'}")
         return job
@@ -193,10 +197,9 @@ class Scanner:
             if seen.state != State.SEEN or Path(seen.source).is_dir():
                 continue
             with suppress(LeaseLost):
-                if len(jobs) > 1:
-                    self._store.drop(seen)
-                    continue
                 reason = "the checkpoint was removed before its shards were whole and held"
+                if len(jobs) > 1:
+                    reason = "the step was saved again, and removed before that was held: its results are of the first"
                 self._store.change(seen, state=State.LOST, reason=reason)
                 self._say(f"{called(seen)} is lost: {reason}")
 
