@@ -254,7 +254,8 @@ manager = TaskManager(include_path=sys.argv[1])
 scores = []
 for model in sys.argv[2:]:
     said = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": model}, tasks=["tiny_text"], task_manager=manager, device="cpu", batch_size=2
+        model="hf", model_args={"pretrained": model}, tasks=["tiny_text"], task_manager=manager, device="cpu",
+        batch_size=2,
     )
     scores.append(said["results"]["tiny_text"]["byte_perplexity,none"])
 print(json.dumps(scores))

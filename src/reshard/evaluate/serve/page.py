@@ -30,7 +30,8 @@ h1 { font-size: 20px; margin: 0 } h2 { font-size: 16px; margin: 24px 0 8px; over
 .soft { color: var(--soft); font-size: 13px }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 12px }
 figure { margin: 0; padding: 10px; background: var(--card); border: 1px solid var(--line); border-radius: 8px }
-figcaption { display: flex; justify-content: space-between; gap: 8px; font-size: 13px; overflow-wrap: anywhere }
+figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 8px; font-size: 13px;
+  overflow-wrap: anywhere }
 svg { display: block; width: 100%; height: auto } svg text { font-size: 10px; fill: var(--soft) }
 .axis, .grid { stroke: var(--line) } .grid { stroke-dasharray: 2 3 }
 polyline { fill: none; stroke: var(--one); stroke-width: 2 } circle { fill: var(--one) }
