@@ -512,6 +512,12 @@ def test_lm_eval_gets_paths_that_no_comma_ends(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_path_too_long_for_lm_evals_results_is_refused_before_it_evaluates(tmp_path: Path) -> None:
+    request = Request(Path("/" + "/".join(["directory"] * 30)), 1, "regular", tmp_path, 1)
+    with pytest.raises(Refused, match="too many"):
+        lm_eval.make(EvalConfig(backend="lm_eval", tasks=("t",))).submit(request)
+
+
 def test_unknown_tasks_are_told_where_the_harness_says_what_it_knows() -> None:
     assert Catalogue(frozenset({"mmlu", "arc_easy"})).unknown(["mmlu", "arc_*", "mmul"]) == ["mmul"]
     assert Catalogue().unknown(["anything"]) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from reshard.cli import output
@@ -66,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
         timeout_s=args.timeout, include_path=include_path, base=args.base, python=args.python,
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
+    if settings.backend != "command" and not settings.python and find_spec(settings.backend) is None:
+        raise ReshardError(
+            f"{settings.backend} is not installed here",
+            hint=f"pip install {settings.backend}, --python FILE where it is, or --command for a program of your own",
+        )
     app = make_app(settings)
     where = f"[{settings.host}]" if ":" in settings.host else settings.host
     output.say(f"http://{where}:{settings.port}/ evaluates with {settings.backend}; its queue is {state / QUEUE}")

@@ -8,6 +8,8 @@ Settings go to it as JSON, so that no comma and no equals sign in a path means a
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -22,6 +24,7 @@ from reshard.evaluate.backends.program import Program, launcher
 from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.metrics import Metric, metrics_of, read_document
 
+_NAME_NBYTES = 255
 _CATALOGUE = """
 import json, sys
 from lm_eval.api.registry import model_registry
@@ -57,6 +60,12 @@ class LmEval:
         wrong = [task for task in config.tasks if "," in task or task.startswith("-")]
         if wrong:
             raise Refused(f"{listed(wrong)}: no names of tasks")
+        name = re.sub(r'["<>:/|\\?*\[\]]+', "__", str(request.model))
+        if len(os.fsencode(name)) > _NAME_NBYTES:  # it would find out when everything is evaluated
+            raise Refused(
+                f"{request.model}: lm_eval makes one directory name of it, and {len(name)} characters are too many",
+                hint="evaluate it under a shorter path",
+            )
         options: dict[str, Any] = {
             "model": config.model, "model_args": json.dumps(self._model_args(request.model)),
             "tasks": ",".join(config.tasks), "output_path": str(request.output),

@@ -132,9 +132,7 @@ class LmmsServer:
             since = float(read_document(request.output / _SENT)["sent_at"])
         except (InputError, KeyError, TypeError, ValueError):
             since = 0.0
-        return Expected(
-            model or str(request.model), self._config.tasks, self._config.limit, since, self._config.predict_only
-        )
+        return Expected(model or str(request.model), self._config.limit, since, self._config.predict_only)
 
     def _ask(self, method: str, path: str, body: Any = None) -> Answer:
         return self._server.ask(method, path, body, timeout_s=self._ask_s)

@@ -55,6 +55,6 @@ class LmmsEval:
     def collect(self, request: Request) -> tuple[tuple[Metric, ...], tuple[Path, ...]]:
         config = self._config
         model = model_named_in({**config.model_args, config.checkpoint_key: str(request.model)})
-        expected = Expected(model or "", config.tasks, config.limit, 0.0, config.predict_only)
+        expected = Expected(model or "", config.limit, 0.0, config.predict_only)
         found = found_in(request.output, expected)
         return found.metrics, found.files
