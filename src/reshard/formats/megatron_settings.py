@@ -154,12 +154,23 @@ def _bounded(path: Path) -> bytes:
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """The document, reduced to plain values. Tags that name Python objects are looked through, never followed."""
     try:
-        document = plain(yaml.load(_bounded(path), Loader=_Loader))
+        text = _bounded(path)
+        _check_depth(text)
+        document = plain(yaml.load(text, Loader=_Loader))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise Corrupt(f"{path} is not YAML: {error}") from error
     if not isinstance(document, dict):
         raise Corrupt(f"{path} holds a {type(document).__name__}, a mapping was expected")
     return document
+
+
+def _check_depth(text: bytes) -> None:
+    """Raise ValueError for a document nested beyond measure: libyaml's parser calls itself, without end, for each."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
 
 
 def _mapping(document: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
