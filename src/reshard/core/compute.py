@@ -94,6 +94,15 @@ def cast(tensor: Tensor, to: DType) -> Tensor:
     return Cast(to, tensor.shape, tensor)
 
 
+def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in one dtype: where they are of several floating-point types, in the narrowest that holds all exactly."""
+    held = {tensor.dtype for tensor in tensors}
+    if len(held) < 2 or any(one.kind != "float" or one.itemsize < 2 for one in held):
+        return list(tensors)
+    widest = max(held, key=lambda one: one.itemsize)
+    return [cast(tensor, widest if widest.itemsize > 2 else dtype("F32")) for tensor in tensors]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Shift(Derived):
     """Floating-point numbers plus a constant, rounded once to nearest even."""

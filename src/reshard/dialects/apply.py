@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from reshard.core.compute import alike
 from reshard.core.tensor import Tensor, stack, unsqueeze
 from reshard.dialects.fuse import Glu, InterleavedGlu, Padded
 from reshard.dialects.table import Entry, Facts, Family, copies, entries, variants
@@ -102,7 +103,7 @@ def _joined(entry: Entry, hub: Mapping[str, Tensor], facts: Facts) -> Tensor:
             shapes = ", ".join(str(list(part.shape)) for part in parts)
             raise Mismatch(f"{entry.hub[0]}: shape {shapes}, {entry.count} in the first dimension expected")
         parts = [part[entry.index] for part in parts]
-    return entry.row.join(parts, facts.sizes, listed(entry.hub, 4))
+    return entry.row.join(alike(parts), facts.sizes, listed(entry.hub, 4))
 
 
 def _split(entry: Entry, tensor: Tensor, facts: Facts, name: str) -> tuple[Tensor, ...]:

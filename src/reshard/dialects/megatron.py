@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from reshard.core.compute import alike
 from reshard.core.tensor import Tensor, concat, stack
 from reshard.dialects.apply import Named
 from reshard.dialects.fuse import Glu, InterleavedGlu, Sizes
@@ -97,7 +98,7 @@ def _stacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = f"{match['path']}.experts.{match['linear']}.{match['kind']}"
         result.setdefault(key, None)
         groups.setdefault(key, {})[int(match["expert"])] = tensor
-    return {n: stack(_in_order(n, groups[n])) if t is None else t for n, t in result.items()}
+    return {n: _stacked(n, groups[n]) if t is None else t for n, t in result.items()}
 
 
 def _stacked_layers(tensors: Mapping[str, Tensor], decoder_too: bool) -> dict[str, Tensor]:
@@ -111,7 +112,14 @@ def _stacked_layers(tensors: Mapping[str, Tensor], decoder_too: bool) -> dict[st
         key = f"{match['path']}.{match['rest']}"
         result.setdefault(key, None)
         groups.setdefault(key, {})[int(match["layer"])] = tensor
-    return {n: stack(_in_order(n, groups[n])) if t is None else t for n, t in result.items()}
+    return {n: _stacked(n, groups[n]) if t is None else t for n, t in result.items()}
+
+
+def _stacked(name: str, numbered: Mapping[int, Tensor]) -> Tensor:
+    try:
+        return stack(alike(_in_order(name, numbered)))
+    except Corrupt as error:
+        raise Mismatch(f"{name}, one tensor of all layers or experts: {error}") from error
 
 
 def _in_order(name: str, numbered: Mapping[int, Tensor]) -> list[Tensor]:
