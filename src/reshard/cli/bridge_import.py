@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from reshard.cli import convert, options, output
+from reshard.errors import Mismatch
 
 MEANINGLESS = {
     "trust_remote_code": "no code of a model is ever run",
@@ -38,6 +39,10 @@ def say_meaningless(args: argparse.Namespace) -> None:
     for name, why in MEANINGLESS.items():
         if getattr(args, name, None) and not args.quiet:
             output.say(f"note: --{name.replace('_', '-')} changes nothing: {why}")
+    if args.etp < 1:
+        raise Mismatch(f"--etp {args.etp}: a mesh axis has one rank or more")
+    if args.etp > 1 and not args.quiet:
+        output.say(f"note: --etp {args.etp} changes nothing: the files are the same for each")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
