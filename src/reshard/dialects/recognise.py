@@ -6,6 +6,7 @@ and when its config says, in Megatron's settings again, what the checkpoint said
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -87,6 +88,9 @@ def _completed(
 ) -> tuple[dict[str, Any], list[str]]:
     """The settings with what the tensors tell; what that leaves in doubt, in sentences."""
     stated = {name: value for name, value in settings.items() if value is not None or name in NULL_MEANS_NONE}
+    beside = [f"{name} {stated[name]!r:.40}" for name in _NEEDED if name in stated and not _is_positive(stated[name])]
+    if beside:
+        raise Mismatch(f"the settings say {listed(beside)}: a number above 0 was expected")
     optional = {"rotary_base"} if stated.get("position_embedding_type") == "none" else set()
     lacking = [name for name in _NEEDED if name not in stated and name not in optional]
     if lacking:
@@ -103,6 +107,8 @@ def _completed(
         stated.setdefault("hidden_size", embedding.shape[1])
         rows = embedding.shape[0]
         named = vocab_size or stated.get("vocab_size")
+        if type(named) is int and named > rows:
+            raise Mismatch(f"the settings say vocab_size {named}, the embedding has {rows} rows")
         if type(named) is not int or not 0 < named <= rows:
             named = rows
             notices.append(
@@ -121,6 +127,10 @@ def _completed(
     if not any("mtp.layers." in name for name in tensors):
         stated["mtp_num_layers"] = 0
     return stated, notices
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _check_counts(stated: Values, num_tensors: int) -> None:
