@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,17 +27,17 @@ from reshard.dialects.apply import Named
 from reshard.dialects.fuse import computes
 from reshard.dialects.megatron import InMemory
 from reshard.dialects.table import Facts, Family, copies, entries
-from reshard.errors import Corrupt, InputError, Mismatch, NotFound, Unsupported, listed
+from reshard.errors import Corrupt, Incomplete, InputError, Mismatch, NotFound, Unsupported, listed
 from reshard.formats import fsdp_dtensor, huggingface, nemo1, nemo2_context, torch_dist
 from reshard.formats.fsdp_dtensor import TARGETS, target_named
 from reshard.formats.megatron import MegatronCheckpoint, Settings, locate, open_located
 from reshard.ops import nemo2
 from reshard.ops import reference as references
-from reshard.ops.config import reconcile
+from reshard.ops.config import check_complete, reconcile
 from reshard.ops.family import by_config, choose
 from reshard.ops.merge import Merged, Prepared, carry_out, whole_model
 from reshard.ops.merge import Options as MergeOptions
-from reshard.ops.reference import Reference
+from reshard.ops.reference import SCALES, Reference, is_float8, is_packed
 from reshard.ops.tie import says_tied
 from reshard.ops.tokens import special_tokens
 from reshard.storage import hub, manifest
@@ -151,9 +152,14 @@ def prepare(source: Path | str, output: Path, options: Options) -> Prepared:
     """Everything up to the plan, from headers alone. Raises InputError for all that headers can reveal."""
     format_named(options.to)
     target_named(options.target)
+    _check_options(options)
     _check_mesh(options)
-    model = _of_megatron(Path(source), options) if _is_megatron(Path(source)) else _of_huggingface(str(source), options)
-    checkpoint, plan = _to_huggingface(model, options) if options.to == "hf" else _to_megatron(model, options)
+    where, is_megatron = Path(source), _is_megatron(Path(source))
+    try:
+        model = _of_megatron(where, options) if is_megatron else _of_huggingface(str(source), options)
+        checkpoint, plan = _to_huggingface(model, options) if options.to == "hf" else _to_megatron(model, options)
+    except InputError as error:
+        raise _with_path(error, str(source)) from error
     origin = checkpoint.origin
     source_facts = {
         "path": str(origin.path), "format": origin.format, "writer": origin.writer, "step": origin.step,
@@ -162,6 +168,29 @@ def prepare(source: Path | str, output: Path, options: Options) -> Prepared:
     facts = {"source": source_facts, "options": {}, "output": _WRITTEN_AS[options.to]}
     plan = manifest.with_manifest(replace(plan, facts=facts), __version__)
     return Prepared(origin.path, model.checkpoint, checkpoint, plan, checkpoint.notices, options.verify)
+
+
+def _with_path(error: InputError, source: str) -> InputError:
+    """The error, with the source before what it says where that names no path."""
+    if os.sep in str(error) or source in str(error):
+        return error
+    return type(error)(f"{source}: {error}", hint=error.hint)
+
+
+def _check_options(options: Options) -> None:
+    """Raise Unsupported or Mismatch for options that no model can be converted with."""
+    if options.dtype is not None and (dtype(options.dtype).kind != "float" or is_float8(dtype(options.dtype))):
+        raise Unsupported(
+            f"--dtype {options.dtype}: weights are written in float32, bfloat16, float16 or float64",
+            hint="quantize the model that was written with the program that will serve it",
+        )
+    if options.vocab_divisor is not None and options.vocab_divisor < 1:
+        raise Mismatch(f"--make-vocab-size-divisible-by {options.vocab_divisor}: it begins at 1")
+    if not options.strict and options.to != "hf":
+        raise Unsupported(
+            f"--not-strict --to {options.to}: no loader of Megatron takes a model that lacks tensors",
+            hint="leave --not-strict out, or convert --to hf",
+        )
 
 
 def _is_megatron(source: Path) -> bool:
@@ -220,6 +249,7 @@ def _of_megatron(source: Path, options: Options) -> Model:
     """A Megatron checkpoint of any format."""
     opened = open_located(locate(source, options.iteration), verify=options.verify)
     opened = replace(opened, checkpoint=opened.checkpoint.located(), settings=_by_id(opened.settings, options))
+    _check_no_adapter(opened)
     memory = megatron.in_memory(opened.checkpoint.tensors)
     _check_twins(opened.checkpoint, memory.twins)
     reference = _reference(opened, options)
@@ -239,7 +269,7 @@ def _of_megatron(source: Path, options: Options) -> Model:
         config = config if reference else _with_tokens(config, opened)
         named = {}
         hub_tensors = apply.to_hub(memory.tensors, family, facts, strict=options.strict)
-        notices += _cut_rows(memory.tensors, facts)
+        notices += (*_cut_rows(memory.tensors, facts), *_lacking(hub_tensors, family, facts, reference))
     checkpoint = replace(opened.checkpoint, assets=_assets(opened, reference))
     return Model(
         checkpoint, family, facts, config, hub_tensors, named, reference,
@@ -302,23 +332,33 @@ def _understood(
 
     where, settings = opened.located.weights, opened.settings
     if reference is None:
+        if settings.values.get("share_embeddings_and_output_weights") is True:
+            tensors = {name: tensor for name, tensor in tensors.items() if not _HEAD.fullmatch(name)}
         found = recognise.recognise(
             settings.values, families(), tensors, vocab_size=settings.vocab_size, hf_model_id=settings.hf_model_id
         )
         return found.family, found.config, found.notices
-    family = by_config(reference.config)
-    if family is None:
-        raise Unsupported(
-            f"{reference.path}: {reference.config.get('model_type')} is not a known model type",
-            hint="`reshard families` lists what is known",
-        )
+    family, notices = choose(reference.config, tensors, on_hub=False)
     against = megatron_config.check_config(reference.config, settings.values)
     if against:
         raise Mismatch(
             f"{where} is not a checkpoint of {reference.path}: {'; '.join(against)}",
             hint="name the HuggingFace model that was trained with --hf-model",
         )
-    return family, reference.config, ()
+    _check_vocabulary(opened, reference.config)
+    return family, reference.config, (*reference.notices, *notices)
+
+
+def _check_vocabulary(opened: MegatronCheckpoint, config: Mapping[str, Any]) -> None:
+    """Raise Mismatch for a config of fewer tokens than Megatron-Bridge says that the model has: rows would be cut."""
+    stated = opened.settings.values.get("vocab_size") if opened.settings.source == "run_config.yaml" else None
+    text = config.get("text_config")
+    theirs = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
+    if type(stated) is int and type(theirs) is int and theirs < stated:
+        raise Mismatch(
+            f"{opened.located.weights}: the model has {stated} tokens, --hf-model has {theirs}",
+            hint="name the HuggingFace model that was trained with --hf-model",
+        )
 
 
 def _without_buffers(checkpoint: Checkpoint) -> Checkpoint:
@@ -376,12 +416,34 @@ def _check_copies(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], family:
 
 def _check_not_quantized(source: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise Unsupported for weights that are stored with scales beside them."""
-    packed = [n for n in tensors if n.endswith(("_scale_inv", "_blocks", "_scales", ".qweight", ".weight_scale"))]
+    packed = [n for n, t in tensors.items() if n.endswith(SCALES) or is_packed(n, t.dtype) or is_float8(t.dtype)]
     if packed:
         raise Unsupported(
             f"{source}: the weights are quantized: {listed(packed)}",
             hint="convert a copy in bfloat16, as the model's authors publish it or transformers dequantizes it",
         )
+
+
+def _check_no_adapter(opened: MegatronCheckpoint) -> None:
+    """Raise Unsupported where tensors of an adapter lie among the model's: without them it is not what was trained."""
+    found = [name for name in opened.checkpoint.tensors if _ADAPTER.search(name)]
+    if found:
+        raise Unsupported(
+            f"{opened.located.weights}: {len(found)} tensors are of an adapter (LoRA), which is not merged into the "
+            f"model: {listed(found)}",
+            hint="merge it with the program that trained it, and convert what that writes",
+        )
+
+
+_ADAPTER = re.compile(r"\.(?:adapters?|lora_[abAB])\.")
+
+
+def _lacking(
+    tensors: Mapping[str, Tensor], family: Family, facts: Facts, reference: Reference | None
+) -> tuple[str, ...]:
+    """A sentence where tensors are missing, as they may where that is no error, and no reference's headers tell."""
+    missing = [] if reference and reference.shapes else sorted(_hub_names(family, facts) - tensors.keys())
+    return (f"{len(missing)} tensors of the model are not in the checkpoint: {listed(missing)}",) if missing else ()
 
 
 def _left_out(opened: MegatronCheckpoint) -> tuple[str, ...]:
@@ -422,6 +484,8 @@ def _to_huggingface(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     notices = list(model.notices)
     if shapes:
         notices += _check_against(reference, tensors, options)
+    else:
+        _check_shapes(model, tensors)
     tensors, said = _in_dtypes(model, tensors, options)
     assets = model.checkpoint.assets if options.save_tokenizer else {}
     config, changes = reconcile(model.config, tensors)
@@ -433,6 +497,12 @@ def _to_huggingface(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     return checkpoint, huggingface.plan(
         checkpoint, max_shard_nbytes=_max_nbytes(options) or huggingface.MAX_SHARD_NBYTES
     )
+
+
+def _check_shapes(model: Model, tensors: Mapping[str, Tensor]) -> None:
+    """Raise Mismatch where tensors have not the shapes that the config says; those missing were looked for before."""
+    with suppress(Incomplete):
+        check_complete(model.config, replace(model.checkpoint, tensors=tensors))
 
 
 def _check_against(reference: Reference | None, tensors: Mapping[str, Tensor], options: Options) -> list[str]:

@@ -32,21 +32,21 @@ _ID = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>\w[\w./-]*
 _HINT = "--base DIR names a directory with config.json and the tokenizer files"
 
 
-def resolve(reference: str, *, weights: bool = False) -> Path:
+def resolve(reference: str, *, weights: bool = False, hint: str = _HINT) -> Path:
     """The directory that `reference` means: a path, or a hub id `org/name` or `org/name@revision`.
 
     A hub id is looked up in the local cache and then, where huggingface_hub is installed and HF_HUB_OFFLINE is not
     set, fetched: config, tokenizer and processor files, and the safetensors only where the `weights` are wanted.
-    Raises NotFound.
+    Raises NotFound; `hint` says how the caller's user names such a directory.
     """
     path = Path(reference).expanduser()
     if path.is_dir():
         return path
     match = _ID.fullmatch(reference)
     if match is None or ".." in reference:
-        raise NotFound(f"{reference}: no such directory", hint=_HINT)
+        raise NotFound(f"{reference}: no such directory", hint=hint)
     name, revision = match["name"], match["revision"] or "main"
-    return _cached(name, revision, weights) or _fetched(name, revision, weights)
+    return _cached(name, revision, weights) or _fetched(name, revision, weights, hint)
 
 
 def cache_directory() -> Path:
@@ -76,18 +76,18 @@ def _cached(name: str, revision: str, weights: bool = False) -> Path | None:
     return snapshot if not weights or any(snapshot.glob("*.safetensors")) else None
 
 
-def _fetched(name: str, revision: str, weights: bool) -> Path:
+def _fetched(name: str, revision: str, weights: bool, hint: str) -> Path:
     where = f"{name}@{revision}" if revision != "main" else name
     if is_offline():
         raise NotFound(
-            f"{where} is neither a directory nor in {cache_directory()}, and HF_HUB_OFFLINE is set", hint=_HINT
+            f"{where} is neither a directory nor in {cache_directory()}, and HF_HUB_OFFLINE is set", hint=hint
         )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise NotFound(
             f"{where} is neither a directory nor in {cache_directory()}",
-            hint=f"{_HINT}; or `pip install 'reshard[hub]'` to fetch it",
+            hint=f"{hint}; or `pip install 'reshard[hub]'` to fetch it",
         ) from error
     try:
         found = snapshot_download(
@@ -99,5 +99,5 @@ def _fetched(name: str, revision: str, weights: bool) -> Path:
         )
     except Exception as error:  # the library's own, its HTTP client's and the system's have no common base
         reason = str(error).strip().partition("\n")[0]
-        raise NotFound(f"{where} could not be fetched from the hub: {reason}", hint=_HINT) from error
+        raise NotFound(f"{where} could not be fetched from the hub: {reason}", hint=hint) from error
     return Path(found)
