@@ -389,3 +389,12 @@ def test_only_two_protocols_are_written() -> None:
 
 def test_values_of_ours_are_written_as_torchs() -> None:
     assert pickle.loads(dumps([Size((1, 2)), TorchDType("int8")])) == [torch.Size([1, 2]), torch.int8]
+
+
+def test_bytes_do_not_depend_on_who_made_equal_names() -> None:
+    def pair(module: str) -> list[object]:
+        return [Global("package.module", "One"), Global(module, "Two")]
+
+    again = "".join(["package", ".module"])
+    assert again is not pair("")[0].module  # type: ignore[attr-defined]
+    assert dumps(pair(again), protocol=4) == dumps(pair("package.module"), protocol=4)

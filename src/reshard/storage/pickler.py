@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
@@ -234,7 +235,8 @@ class _Writer:
             return
         outer, _, inner = found.name.rpartition(".")
         if self._protocol >= 4:
-            yield from (found.module, found.name)
+            # one object for equal names, whoever made them: else the bytes depend on what the process did before
+            yield from (sys.intern(found.module), sys.intern(found.name))
             self._emit(b"\x93")
         elif outer:
             yield from self._reduce(self._builtin("getattr"), (Global(found.module, outer), inner))
