@@ -26,12 +26,13 @@ from safetensors.torch import load_file
 
 from checkpoints import model, write_dcp
 from reshard.errors import InputError
-from reshard.evaluate.backend import Phase, Request
+from reshard.evaluate.backend import Phase, Refused, Request
 from reshard.evaluate.backends import lmms_eval, lmms_results
 from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.serve.app import make_app
 from reshard.evaluate.serve.plot import plot
 from reshard.evaluate.serve.settings import ServeSettings, devices_of_slots
+from reshard.integrations.submit import Submitter
 
 RECORDED = [
     json.loads(line) for line in (Path(__file__).parent / "data" / "lmms" / "server.jsonl").read_text().splitlines()
@@ -259,6 +260,29 @@ def test_shards_are_merged_first(
     assert list((tmp_path / "root" / "state" / "merged").iterdir()) == []
 
 
+def test_averaged_weights_are_merged_where_they_are_asked_for(
+    serve: Serve, sharded: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    checkpoint, _ = sharded
+    averaged = model(seed=7)
+    write_dcp(checkpoint / "pytorch_ema_model_fsdp_0", {f"model.{name}": t for name, t in averaged.items()})
+    client = serve(KEEP)
+    said = client.ended(client.evaluate(checkpoint, checkpoint_type="ema"))
+    assert said["status"] == "completed", said
+    kept = load_file(tmp_path / "root" / "state" / "jobs" / "kept.safetensors")
+    assert all(torch.equal(kept[f"model.{name}"], tensor) for name, tensor in averaged.items())
+
+
+def test_a_whole_model_is_evaluated_where_it_is_whoever_asks_for_a_merge(serve: Serve, whole: Path) -> None:
+    (whole / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    client = serve("echo model $1;" + SCORES)
+    said = client.ended(client.evaluate(whole, lmms_engine_kwargs={"model_path": str(whole)}))
+    assert (said["status"], said["merged_from"]) == ("completed", "")
+    assert client("GET", f"/jobs/{said['job_id']}/log")[1] == f"model {whole}"
+    averaged = client.ended(client.evaluate(whole, checkpoint_type="ema"))  # merged by whoever asks
+    assert (averaged["status"], averaged["merged_from"]) == ("completed", "")
+
+
 def test_shards_that_other_ranks_still_write_are_waited_for(
     serve: Serve, sharded: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
@@ -359,6 +383,23 @@ def test_only_who_has_the_token_is_let_in(serve: Serve, whole: Path) -> None:
     ):
         assert stranger(method, path)[0] == 401, path
     assert stranger("GET", "/health")[0] == 200
+
+
+def test_clients_take_the_token_from_the_address(serve: Serve, whole: Path, tmp_path: Path) -> None:
+    client = serve(token="t0k")
+    url = f"http://:t0k@127.0.0.1:{client.port}"
+    backend = lmms_eval.make(EvalConfig(server_url=url, tasks=("t",), checkpoint_key="pretrained", model="hf"))
+    output = tmp_path / "root" / "out"
+    output.mkdir()
+    assert client.ended(backend.submit(Request(whole, 7, "regular", output, 1)))["status"] == "completed"
+    with pytest.raises(Refused) as error:
+        backend.submit(Request(Path("/etc"), 7, "regular", output, 1))
+    assert "t0k" not in str(error.value)
+    (whole / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    submitter = Submitter(url, ["t"], poll_interval=0.05)
+    submitter.submit(whole, 5)
+    assert submitter.drain(30) == []
+    assert [result.metrics for result in submitter.results()] == [{"t/acc": 0.5}]
 
 
 def test_without_a_token_only_this_machines_own_programs_are_answered(serve: Serve, whole: Path) -> None:
@@ -483,7 +524,7 @@ def test_a_server_that_is_killed_at_any_moment_ends_every_job_once(whole: Path, 
     script = f'sleep 0.05; echo "$3" >> {tmp_path}/tally; printf \'{{"a": 1}}\' > "$3"'
     program = [sys.executable, "-c", CHILD, str(tmp_path), json.dumps(shell(script))]
     chance, jobs = random.Random(3), list[str]()
-    for _ in range(25):
+    for _ in range(50):
         process, client = started(program)
         jobs += [client.evaluate(whole) for _ in range(chance.randint(1, 6))]
         time.sleep(chance.uniform(0.0, 0.3))

@@ -81,7 +81,9 @@ class Submitter:
         **request: Any,
     ) -> None:
         """`request` are more fields of the request, such as `limit` or `batch_size`."""
-        self._url, self._token, self._poll_s = server_url, token, poll_interval
+        parts = urlsplit(server_url)  # which may have the token in it: http://:TOKEN@host:8000
+        self._url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        self._token, self._poll_s = token or parts.password, poll_interval
         self._model_args, self._key = dict(model_args or {}), checkpoint_key
         self._request = {"model": model, "tasks": list(tasks), **request}
         json.dumps([self._request, self._model_args])  # what cannot be sent is said here, not in the thread

@@ -78,6 +78,16 @@ class Server:
         return headers
 
 
+def server_at(url: str, token: str | None = None) -> Server:
+    """The server at an address, which may have the token in it: `http://:TOKEN@host:8000`. Messages do not show it."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return Server(url, token)
+    host = parts.netloc.rpartition("@")[2]
+    return Server(parts._replace(netloc=host).geturl(), token or parts.password)
+
+
 def token_of(text: str | None) -> str | None:
     """A token as settings name it: `$NAME` is a variable of the environment."""
     if text is None or not text.startswith("$"):

@@ -25,7 +25,7 @@ from urllib.parse import quote
 from reshard.errors import InputError
 from reshard.evaluate.backend import Phase, Refused, Request, Status, Unavailable
 from reshard.evaluate.backends.harness import lmms_model_args, model_named_in, settled
-from reshard.evaluate.backends.http import Answer, Server, token_of
+from reshard.evaluate.backends.http import Answer, Server, server_at, token_of
 from reshard.evaluate.backends.lmms_results import Expected, Found, found_in
 from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.metrics import read_document
@@ -42,7 +42,7 @@ _PHASES = {"queued": Phase.QUEUED, "running": Phase.RUNNING}
 
 def make(config: EvalConfig) -> LmmsServer:
     """The backend of `backend: lmms_eval`."""
-    return LmmsServer(settled(config), Server(config.server_url, token_of(config.server_token)))
+    return LmmsServer(settled(config), server_at(config.server_url, token_of(config.server_token)))
 
 
 class LmmsServer:

@@ -24,7 +24,7 @@ from reshard.evaluate.backends.lmms_program import LmmsEval
 from reshard.evaluate.backends.program import Harness
 from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.serve.settings import ServeSettings, devices_of_slots
-from reshard.formats.detect import MODEL, find
+from reshard.formats.detect import EMA, MODEL, find
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WHOLE = ("huggingface", "torch_save")
@@ -65,34 +65,36 @@ def admit(values: Mapping[str, Any], settings: ServeSettings, catalogue: Catalog
     key, model = _model_of(model_args, engine)
     path = _local(model)
     source = _text(engine, "model_path") or model
-    is_merged = bool(engine) or (path is not None and needs_merge(inside(path, settings)))
-    if is_merged:
-        source = str(existing(source, settings))
-    elif path is not None:
-        model = str(existing(model, settings))
+    kind = _text(engine, "checkpoint_type") or values["checkpoint_type"] or "regular"
+    if kind not in ("regular", "ema"):
+        raise NotAdmitted(f"checkpoint_type: {kind!r} is neither 'regular' nor 'ema'", 422)
+    if engine or path is not None:
+        model = source = str(existing(source, settings))
+    is_merged = needs_merge(Path(source), asked=bool(engine), kind=kind) if engine or path is not None else False
     merged_to = _text(engine, "output_path")
     if merged_to:
         inside(merged_to, settings)
     if values["output_dir"]:
         inside(values["output_dir"], settings)
-    kind = _text(engine, "checkpoint_type") or values["checkpoint_type"] or "regular"
-    if kind not in ("regular", "ema"):
-        raise NotAdmitted(f"checkpoint_type: {kind!r} is neither 'regular' nor 'ema'", 422)
-    about = source if is_merged or path is not None else model
     admitted = Admitted(
-        key, model, source if is_merged else "", merged_to, kind, _step(values["step"], about), _run(about)
+        key, model, source if is_merged else "", merged_to, kind, _step(values["step"], source), _run(source)
     )
     _check_harness(values, admitted, settings, catalogue)
     return admitted
 
 
-def needs_merge(path: Path) -> bool:
-    """Whether there are shards at a path, rather than a whole model or nothing that is known."""
+def needs_merge(path: Path, *, asked: bool, kind: str) -> bool:
+    """Whether the weights of this kind are shards, rather than the whole model that is at the path already.
+
+    Of what is neither that says who asks: it may be shards that are still written.
+    """
     try:
-        part = find(path).part(MODEL)
+        found = find(path)
     except InputError:
-        return False
-    return part is not None and part.format not in _WHOLE
+        return asked
+    part = found.part(MODEL)
+    is_sharded = part is not None and part.format not in _WHOLE
+    return is_sharded or (kind == "ema" and found.part(EMA) is not None)
 
 
 def harness_of(values: Mapping[str, Any], key: str, settings: ServeSettings) -> Harness:
