@@ -89,7 +89,7 @@ def open(located: Located, *, stated: Settings | None = None, verify: bool = Fal
     settings = stated or first.stated or (of_args(first.args) if first.args is not None else Settings())
     ranks = {_rank(n, settings.layout, read): file for n, file in read.items()}
     _check_complete(located.weights, ranks, settings.layout)
-    _check_distinct(located.weights, {rank: file.chunks for rank, file in ranks.items()}, files)
+    alike = _check_distinct(located.weights, {rank: file.chunks for rank, file in ranks.items()}, files)
     source = LazySource(files)
     merged = merge(located.weights, {r: f.chunks for r, f in ranks.items()}, settings, source if verify else None)
     paths = [_file(located.weights / name) for name in directories.values()]
@@ -104,7 +104,9 @@ def open(located: Located, *, stated: Settings | None = None, verify: bool = Fal
         placements=(str(layout),),
         files=tuple(paths),
     )
-    checkpoint = Checkpoint(merged, origin, source, objects=first.objects, dialect="megatron", notices=located.notices)
+    checkpoint = Checkpoint(
+        merged, origin, source, objects=first.objects, dialect="megatron", notices=(*located.notices, *alike)
+    )
     left_out = {"extra_state": sum(f.num_extra_states for f in read.values()), "optimizer": first.num_states}
     return Opened(
         checkpoint,
@@ -258,9 +260,13 @@ def _check_complete(path: Path, ranks: Mapping[Rank, _RankFile], layout: Layout 
         )
 
 
-def _check_distinct(path: Path, ranks: Mapping[Rank, Chunks], files: Files) -> None:
+def _check_distinct(path: Path, ranks: Mapping[Rank, Chunks], files: Files) -> list[str]:
     """Raise Corrupt when one rank's file is a copy of another's: the same bytes of tensors that all ranks share out,
-    and not of one value throughout, as what was set to zeros or ones has."""
+    and not of one value throughout, as what was set to zeros or ones has.
+
+    Expert ranks may hold the same, where a dense model was made into one of experts: that is a sentence for the user.
+    """
+    alike: list[str] = []
     first: dict[tuple[tuple[str, int | None], ...], Rank] = {}
     for rank, chunks in ranks.items():
         own = [
@@ -272,12 +278,18 @@ def _check_distinct(path: Path, ranks: Mapping[Rank, Chunks], files: Files) -> N
         other = first.setdefault(looks, rank)
         largest = max((leaf.extent for _, leaf in own), key=lambda extent: extent.nbytes)
         data = files.pread(largest.path, largest.offset, min(largest.nbytes, 1 << 16))
-        if other != rank and data[16:] != data[:-16]:
+        if other == rank or data[16:] == data[:-16]:
+            continue
+        if other._replace(expert=rank.expert) == rank:
+            said = f"{_words(other)} and {_words(rank)} hold the same experts: copies of one, or a file over another"
+            alike.append(said)
+        else:
             raise Corrupt(
                 f"{path}: the files of {_words(other)} and {_words(rank)} hold the same weights: one was copied over"
                 " the other",
                 hint="copy both again from the ranks that wrote them",
             )
+    return alike
 
 
 def _is_copy(name: str) -> bool:
