@@ -575,10 +575,10 @@ def test_what_a_killed_launch_left_does_not_mislead_the_next(ranks: Ranks, sourc
 def test_a_second_run_to_one_destination_is_refused(
     ranks: Ranks, source: Path, tmp_path: Path, world_size: int, identity: str
 ) -> None:
-    before = dict.fromkeys(range(3), slow(0.03))
+    before = dict.fromkeys(range(3), slow(0.15))
     first = [ranks.start(rank, 3, "merge", source, tmp_path / "out", *SMALL, before=before[rank]) for rank in range(3)]
     until_there(tmp_path / ".out.reshard/journal.2")
-    second = ranks(world_size, "merge", source, tmp_path / "out", env={"MASTER_PORT": identity})
+    second = ranks(world_size, "merge", source, tmp_path / "out", env={"MASTER_PORT": identity, **HURRY})
     assert codes(second) == [1] * world_size
     assert all("is being written by another" in e.err for e in second), second
     assert [ranks.ended(pid).code for pid in first] == [0] * 3
