@@ -6,10 +6,8 @@ but for rank files and zarr, which Megatron-LM wrote itself.
 
 from __future__ import annotations
 
-import pickle
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +103,7 @@ def write_megatron(directory: Path) -> Path:
 
 
 def _write_llamas(directory: Path) -> None:
-    """One model of transformers as Megatron-LM, NeMo 2 and verl leave it."""
+    """One model of transformers as Megatron-LM and verl leave it."""
     hub = write_base(directory / "llama")
     save_file(state_of("llama", seed=2), hub / "model.safetensors", {"format": "pt"})
     made = directory / "made"
@@ -119,14 +117,6 @@ def _write_llamas(directory: Path) -> None:
     (directory / "megatron_lm/latest_checkpointed_iteration.txt").write_text("500")
     shutil.copytree(shards, directory / "megatron_lm/iter_0000500")
 
-    shutil.copytree(shards, directory / "nemo2/weights")
-    _rename(directory / "nemo2/weights", lambda key: f"module.{key}")
-    shutil.copytree(directory / BASE, directory / "nemo2/context/nemo_tokenizer")
-    (directory / "nemo2/context/nemo_tokenizer/config.json").unlink()
-    (directory / "nemo2/context/model.yaml").write_text(
-        "_target_: nemo.collections.llm.gpt.model.llama.LlamaModel\nconfig: {num_layers: 2}\n"
-    )
-
     actor = directory / "verl_megatron/global_step_500/actor"
     shutil.copytree(shards, actor / "dist_ckpt")
     shutil.copytree(directory / BASE, actor / "huggingface")
@@ -138,18 +128,6 @@ def _write_llamas(directory: Path) -> None:
 def _convert(source: Path, output: Path, *words: str) -> None:
     assert main(["convert", str(source), str(output), *words, "-q"]) == 0
     (output / "reshard.json").unlink()
-
-
-def _rename(shards: Path, name_of: Callable[[str], str]) -> None:
-    """Give every key of a DCP another name."""
-    metadata: Any = pickle.loads((shards / ".metadata").read_bytes())
-    renamed = {name_of(key): entry for key, entry in metadata.state_dict_metadata.items()}
-    metadata.state_dict_metadata = renamed
-    metadata.storage_data = {
-        replace(index, fqn=name_of(index.fqn)): place for index, place in metadata.storage_data.items()
-    }
-    metadata.planner_data = None
-    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def truth_of(model: Path) -> dict[str, torch.Tensor]:

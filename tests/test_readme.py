@@ -17,13 +17,14 @@ import family_table
 import workspace
 from checkpoints import equals, left_in
 from megatron_workspace import DENSE, MIXTURE, truth_of, write_megatron
+from nemo_workspace import EXPORTED, LLAMA, write_nemo
 from reshard.cli.main import main
 from reshard.formats.fsdp_dtensor import TARGETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GUIDE = ROOT / "docs" / "megatron.md"
-LAUNCHERS = ("torchrun", "srun")
+LAUNCHERS = ("torchrun", "srun", "mpirun")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -32,12 +33,13 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def rows(page: Path) -> list[str]:
     """The commands in tables."""
-    return re.findall(r"^\|.*\| `((?:reshard|torchrun|srun) [^`]*)` \|$", page.read_text(), re.MULTILINE)
+    programs = "|".join(("reshard", *LAUNCHERS))
+    return re.findall(rf"^\|.*\| `((?:{programs}) [^`]*)` \|$", page.read_text(), re.MULTILINE)
 
 
 def examples(page: Path) -> list[list[str]]:
     """The commands of each code block."""
-    begins = ("reshard ", *(f"{launcher} " for launcher in LAUNCHERS if page == GUIDE))
+    begins = tuple(f"{program} " for program in ("reshard", *LAUNCHERS))
     found = [[line for line in block.splitlines() if line.startswith(begins)] for block in blocks(page, "sh")]
     return [commands for commands in found if commands]
 
@@ -50,7 +52,7 @@ PYTHON = [pytest.param(b, id=f"{p.name} {i}") for p in PAGES for i, b in enumera
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of every system, and `merged`, the model of one of them."""
-    directory = write_megatron(workspace.write_workspace(tmp_path_factory.mktemp("workspace")))
+    directory = write_nemo(write_megatron(workspace.write_workspace(tmp_path_factory.mktemp("workspace"))))
     arguments = [str(directory / "output/checkpoint-500"), str(directory / "merged"), "-q"]
     assert main(["merge", *arguments, "--base", str(directory / workspace.BASE)]) == 0
     return directory
@@ -65,12 +67,12 @@ def here(everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path / "here"
 
 
-OUTPUT_OPTIONS = ("--output", "--output-dir", "--output-path", "--hf-path", "--megatron-path")
+OUTPUT_OPTIONS = ("--output", "--output-dir", "--output-path", "--output_path", "--hf-path", "--megatron-path")
 
 
 def output_of(command: str) -> Path | None:
     """Where a command writes, if it does."""
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     words = words[words.index("reshard") :]
     if words[1] not in ("merge", "average", "convert", "import", "export") or "--dry-run" in words:
         return None
@@ -80,30 +82,37 @@ def output_of(command: str) -> Path | None:
     return Path(words[3])
 
 
-SRUN = """#!/bin/sh
+LAUNCHER = """#!/bin/sh
 # as the real one: `srun --ntasks N COMMAND ...` starts a command N times and tells each which it is
 tasks=$2
 shift 2
 for task in $(seq 0 $((tasks - 1))); do
-    SLURM_STEP_ID=0 SLURM_NTASKS=$tasks SLURM_PROCID=$task "$@" &
+    VARIABLES "$@" &
     started="$started $!"
 done
 for process in $started; do wait "$process" || exit 1; done
 """
 
 
+VARIABLES = {
+    "srun": "SLURM_STEP_ID=0 SLURM_NTASKS=$tasks SLURM_PROCID=$task",
+    "mpirun": "OMPI_COMM_WORLD_SIZE=$tasks OMPI_COMM_WORLD_RANK=$task",
+}
+
+
 def run(command: str) -> None:
     """A command of the documentation, as typed; launchers start two processes, however many it says."""
     if command.startswith("reshard "):
-        assert main(shlex.split(command)[1:]) == 0
+        assert main(shlex.split(command, comments=True)[1:]) == 0
         return
     programs = Path("programs")
     programs.mkdir(exist_ok=True)
-    (programs / "srun").write_text(SRUN)
-    (programs / "srun").chmod(0o755)
+    for name, variables in VARIABLES.items():
+        (programs / name).write_text(LAUNCHER.replace("VARIABLES", variables))
+        (programs / name).chmod(0o755)
     path = f"{programs.resolve()}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
-    words = shlex.split(re.sub(r"(--nproc-per-node|--ntasks) \d+", r"\1 2", command))
+    words = shlex.split(re.sub(r"(--nproc-per-node|--ntasks|mpirun -n) \d+", r"\1 2", command))
     subprocess.run(words, env=env, check=True, capture_output=True, timeout=120)
     shutil.rmtree(programs)
 
@@ -114,7 +123,9 @@ def test_documented_commands_do_their_work(commands: list[str], here: Path) -> N
         before = left_in(here)
         run(command)
         output = output_of(command)
-        if output is None:
+        if command.startswith(("reshard watch", "reshard evals")):
+            assert (here / "output/evals/evals.jsonl").exists()
+        elif output is None:
             assert left_in(here) == before
         else:
             assert output.exists()
@@ -152,7 +163,7 @@ CONVERTED: dict[str, str | int] = {
     "reshard export": DENSE,
     "reshard convert megatron_fsdp": MIXTURE,
     "reshard convert megatron_lm": SECOND,
-    "reshard convert nemo2": SECOND,
+    "reshard convert nemo2": LLAMA,
     "reshard convert verl_megatron": SECOND,
 }
 """The directory that a conversion of the README gives back, or the seed of its model."""
@@ -165,6 +176,20 @@ def test_what_comes_back_from_megatron_is_the_model_that_went_there(begins: str,
     run(command)
     wanted = truth_of(here / truth) if isinstance(truth, str) else workspace.state_of("llama", truth)
     assert equals(here / "model", wanted)
+
+
+@pytest.mark.parametrize(
+    "command", [row for row in rows(PAGES[0]) if " nemo2_model" in row and " model_weights" not in row]
+)
+def test_what_comes_back_from_nemo_2_is_the_model_that_went_there(command: str, here: Path) -> None:
+    run(command)
+    run("reshard convert nemo2_model model --to hf")
+    assert equals(here / "model", truth_of(here / LLAMA) if LLAMA in command else load_file(EXPORTED))
+
+
+def test_what_nemo_1_trained_is_what_nemos_own_exporter_makes_of_it(here: Path) -> None:
+    run(next(c for c in rows(PAGES[0]) if re.match(r"reshard convert model\.nemo \S+ --to hf", c)))
+    assert equals(here / "model", load_file(EXPORTED))
 
 
 @pytest.mark.parametrize("number, model", [(0, DENSE), (1, MIXTURE), (2, MIXTURE), (-1, DENSE)])

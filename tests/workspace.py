@@ -31,6 +31,16 @@ from checkpoints import write_dcp
 EXAMPLES = Path(__file__).parent.parent / "examples"
 BASE = "meta-llama/Llama-3.1-8B"
 """A directory of this name is taken before the hub is asked."""
+EVALUATION = f"""
+eval_strategy: steps
+eval_config:
+  backend: command
+  base: {BASE}
+  poll_interval: 0.05
+  tasks: [mmmu_val]
+  command: [sh, -c, 'echo "{{\\"mmmu_val\\": {{\\"mmmu_acc\\": 0.$1}}}}" > "$2"', sh, "{{step}}", "{{output}}"]
+"""
+"""Settings of `reshard watch`; what evaluates likes later steps better."""
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -87,7 +97,7 @@ def write_trainer(directory: Path, tensors: Tensors, *, ranks: int = 2, optimize
             f"state.{fqn}.{m}": torch.zeros_like(t) for fqn, t in tensors.items() for m in ("exp_avg", "exp_avg_sq")
         }
         write_dcp(directory / "optimizer_0", moments, ranks=ranks, prefix=("optimizer",))
-    (directory / "trainer_state.json").write_text(json.dumps({"global_step": 500}))
+    (directory / "trainer_state.json").write_text(json.dumps({"global_step": 500, "max_steps": 500}))
     torch.save({"last_epoch": 1}, directory / "scheduler.pt")
     return directory
 
@@ -235,5 +245,5 @@ def write_workspace(directory: Path) -> Path:
     write_local(directory / "fsdp1/checkpoint-500", seed=2)
     torch.save({"state_dict": second, "epoch": 1}, directory / "consolidated.pt")
     tiny_models.make("llama").save_pretrained(directory / "big_model", max_shard_size="10KB")
-    shutil.copy(Path(__file__).parent / "data/nemo/yaml/gpt_v2.4.0.yaml", directory / "megatron_gpt_config.yaml")
+    (directory / "eval.yaml").write_text(EVALUATION)
     return directory
