@@ -43,6 +43,8 @@ _INNER = ("weights", "model_weights", "dist_ckpt", "actor", "model")
 """Directories of a checkpoint in which its weights may lie, whoever wrote it."""
 _SMALL_NBYTES = 1 << 20
 _METADATA_HEAD_NBYTES = 64 << 20
+_BYTE_KEYS = (b"._extra_state/shard_", b"common_state/shard_")
+"""Of entries that torch_dist alone has."""
 _EMBEDDING_KEY = b"embedding.word_embeddings.weight"
 _EMBEDDING = re.compile(rb"model\d*\.(?:module\.)*(?:language_model\.)?embedding\.word_embeddings\.weight")
 _OPTIMIZER = re.compile(rb"optimizer\.(?:state|distributed|param)")
@@ -194,6 +196,8 @@ def _dcp(path: Path, names: Sequence[str]) -> str | None:
     if run_config.is_file() and b"ckpt_format: fsdp_dtensor" in _head(run_config, _SMALL_NBYTES):
         return FSDP_DTENSOR
     head = _head(path / ".metadata", _METADATA_HEAD_NBYTES)
+    if any(key in head for key in _BYTE_KEYS):
+        return TORCH_DIST  # whose metadata.json was lost: Megatron needs it, and we do not
     is_there = _EMBEDDING_KEY in head and _EMBEDDING.search(head)  # most have it not, and one search is fast
     return FSDP_DTENSOR if is_there else None
 
@@ -202,7 +206,9 @@ def _backend(path: Path) -> str | None:
     """`sharded_backend` of a metadata.json; None when it is some other program's file of that name."""
     try:
         document = json.loads(_head(path, _SMALL_NBYTES))
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if (path.parent / ".metadata").is_file():
+            raise Corrupt(f"{path} is not JSON: {error}", hint="copy it again from where it was written") from error
         return None
     found = document.get("sharded_backend") if isinstance(document, dict) else None
     return found if isinstance(found, str) else None
