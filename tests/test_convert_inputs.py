@@ -326,3 +326,42 @@ def test_what_is_missing_is_listed_where_a_reference_has_no_headers(
     assert main([*words, "--hf-model", str(tmp_path / "config")]) == 0
     notice = capsys.readouterr().err
     assert "tensors of the model are not in the checkpoint: model.layers.0.mlp.down_proj.weight, " in notice
+
+
+def test_a_reference_may_predict_further_tokens_where_the_checkpoint_does_not(
+    hub: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = f"model.layers.{json.loads((hub('deepseek_v3') / 'config.json').read_text())['num_hidden_layers']}."
+    reference = changed(
+        hub("deepseek_v3"), tmp_path / "reference", lambda t: {n: v for n, v in t.items() if not n.startswith(layer)}
+        | {f"{layer}enorm.weight": torch.ones(4), f"{layer}embed_tokens.weight": torch.ones(4)},
+        num_nextn_predict_layers=1,
+    )  # fmt: skip
+    plain = changed(
+        hub("deepseek_v3"), tmp_path / "plain", lambda t: {n: v for n, v in t.items() if not n.startswith(layer)},
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+    checkpoint = megatron(plain, tmp_path / "checkpoint")
+    words = ["convert", str(checkpoint), str(tmp_path / "out"), "--to", "hf", "--hf-model", str(reference)]
+    assert main(words) == 0
+    assert "2 tensors of its multi-token prediction are not in the checkpoint" in capsys.readouterr().err
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(plain / "model.safetensors").keys()
+
+
+# ----------------------------------------------------------------------------------------------- metadata.json is lost
+
+
+def test_a_directory_without_metadata_json_is_known_by_its_entries(hub: Callable[[str], Path], tmp_path: Path) -> None:
+    weights = megatron(hub("llama"), tmp_path / "checkpoint") / "iter_0000000"
+    (weights / "metadata.json").unlink()
+    (weights / "common.pt").unlink()
+    assert main(["convert", str(weights), str(tmp_path / "out"), "--to", "hf", "--hf-model", str(hub("llama"))]) == 0
+
+
+def test_a_metadata_json_that_is_damaged_is_named(
+    hub: Callable[[str], Path], tmp_path: Path, said: Callable[..., str]
+) -> None:
+    weights = megatron(hub("llama"), tmp_path / "checkpoint") / "iter_0000000"
+    (weights / "metadata.json").write_text("{")
+    message = said("convert", weights, tmp_path / "refused", "--to", "hf")
+    assert f"{weights / 'metadata.json'} is not JSON" in message

@@ -483,7 +483,7 @@ def _to_huggingface(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     tensors = packing.packed(tensors, shapes or packing.usual(tensors, str(model.config.get("model_type"))))
     notices = list(model.notices)
     if shapes:
-        notices += _check_against(reference, tensors, options)
+        notices += _check_against(model, tensors, options)
     else:
         _check_shapes(model, tensors)
     tensors, said = _in_dtypes(model, tensors, options)
@@ -505,12 +505,14 @@ def _check_shapes(model: Model, tensors: Mapping[str, Tensor]) -> None:
         check_complete(model.config, replace(model.checkpoint, tensors=tensors))
 
 
-def _check_against(reference: Reference | None, tensors: Mapping[str, Tensor], options: Options) -> list[str]:
+def _check_against(model: Model, tensors: Mapping[str, Tensor], options: Options) -> list[str]:
     """Hold what will be written against the reference's names and shapes. Raises Mismatch, listing all."""
+    reference = model.reference
     assert reference is not None
     missing = [n for n in reference.shapes if n not in tensors and not n.endswith(".rotary_emb.inv_freq")]
     extra = [n for n in tensors if n not in reference.shapes]
-    optional = [n for n in missing if n.startswith("mtp.")]
+    absent = _of_mtp(model.family, model.family.facts(model.config)) - _of_mtp(model.family, model.facts)
+    optional = [n for n in missing if n in absent or n.startswith("mtp.")]
     missing = [n for n in missing if n not in optional]
     wrong = [
         f"{n}: {list(t.shape)}, not {list(reference.shapes[n])}"
@@ -530,6 +532,15 @@ def _check_against(reference: Reference | None, tensors: Mapping[str, Tensor], o
     if optional:
         said.append(f"{len(optional)} tensors of its multi-token prediction are not in the checkpoint")
     return [f"{reference.path}: {sentence}" for sentence in said]
+
+
+def _of_mtp(family: Family, facts: Facts) -> set[str]:
+    """The hub's names of what predicts further tokens, copies of embedding and head among them."""
+    with_it, without = (
+        _hub_names(family, some) | {copy.name for copy in copies(family, some)}
+        for some in (facts, facts.without("mtp"))
+    )
+    return with_it - without
 
 
 def _in_dtypes(model: Model, tensors: Mapping[str, Tensor], options: Options) -> tuple[dict[str, Tensor], list[str]]:
