@@ -182,6 +182,7 @@ def test_what_comes_back_from_megatron_is_the_model_that_went_there(begins: str,
     "command", [row for row in rows(PAGES[0]) if " nemo2_model" in row and " model_weights" not in row]
 )
 def test_what_comes_back_from_nemo_2_is_the_model_that_went_there(command: str, here: Path) -> None:
+    """Weights alone do not say which of their rows are padding: these keep all."""
     run(command)
     run("reshard convert nemo2_model model --to hf")
     assert equals(here / "model", truth_of(here / LLAMA) if LLAMA in command else load_file(EXPORTED))
