@@ -86,7 +86,13 @@ def inspect(source: str | Path, *, step: int | None = None, tensors: bool = Fals
         return Inspection(
             path, "", "", None, None, (), 0, 0, 0, {}, (), 0, (), False, str(error), (), ""
         )  # fmt: skip
-    return replace(_described(path, found, opened, tensors, settings), facts=facts)
+    described = _described(path, found, opened, tensors, settings)
+    if facts.get("family", "").startswith(_NOT_TOLD):
+        described = replace(described, next_command=f"{described.next_command} --hf-model MODEL")
+    return replace(described, facts=facts)
+
+
+_NOT_TOLD = "not told by the settings"
 
 
 def _opened(found: Found) -> tuple[Checkpoint, Mapping[str, str]]:
@@ -132,7 +138,7 @@ def _family(opened: MegatronCheckpoint) -> str:
         facts, _ = apply.present(tensors, found.family, found.family.facts(found.config), on_hub=False)
         apply.to_hub(tensors, found.family, facts)
     except Incomplete:
-        return "not told by the settings: convert takes --hf-model MODEL"
+        return f"{_NOT_TOLD}: convert takes --hf-model MODEL"
     except Corrupt as error:
         return f"damaged: {error}"
     except InputError as error:
@@ -158,7 +164,7 @@ def _next(path: Path, found: Found) -> str:
         return f"reshard verify {path}"
     model = found.part(MODEL)
     if model is not None and model.format == "megatron":
-        return f"reshard convert {path} OUT --to hf"
+        return f"reshard convert {path} OUT --to {'nemo2' if found.writer == 'NeMo 1' else 'hf'}"
     if (found.root / "meta.pt").is_file():
         return f"reshard merge {path} OUT.ckpt"
     if found.root.is_file():
