@@ -365,3 +365,29 @@ def test_a_metadata_json_that_is_damaged_is_named(
     (weights / "metadata.json").write_text("{")
     message = said("convert", weights, tmp_path / "refused", "--to", "hf")
     assert f"{weights / 'metadata.json'} is not JSON" in message
+
+
+# --------------------------------------------------------------------------------------- what the mesh does not divide
+
+
+@pytest.mark.parametrize("divisor", [4, 48, 128])
+def test_megatron_pads_the_vocabulary_to_the_rows_that_are_there(
+    divisor: int, hub: Callable[[str], Path], tmp_path: Path
+) -> None:
+    words = ["--to", "torch_dist", "--tp", "2", "--make-vocab-size-divisible-by", str(divisor)]
+    assert main(["convert", str(hub("llama")), str(tmp_path / "out"), *words]) == 0
+    settings = yaml.safe_load((tmp_path / "out" / "iter_0000000" / "run_config.yaml").read_text())["model"]
+    rows = open_located(locate(tmp_path / "out")).checkpoint.tensors["embedding.word_embeddings.weight"].shape[0]
+    unit = settings["make_vocab_size_divisible_by"] * settings["tensor_model_parallel_size"]
+    assert -(-settings["vocab_size"] // unit) * unit == rows
+
+
+def test_layers_and_vocabularies_that_need_something_of_the_run_are_said(
+    hub: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((hub("llama") / "config.json").read_text())["vocab_size"]
+    words = ["convert", str(hub("llama")), str(tmp_path / "out"), "--to", "torch_dist", "--tp", "2", "--pp", "9"]
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert f"a vocabulary of {rows} does not divide by tp 2" in said
+    assert "layers do not divide by pp 9: the run needs a pipeline layout of its own" in said

@@ -52,6 +52,8 @@ def run_config(
     of Megatron or torch stands for.
     """
     model = {name: _object(name, value) for name, value in settings.items()}
+    if settings.get("should_pad_vocab") is True:
+        model["make_vocab_size_divisible_by"] = _unit(settings, tp)
     model |= {
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
@@ -70,6 +72,12 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+def _unit(settings: Values, tp: int) -> Any:
+    """What Megatron pads the vocabulary with to these rows: it multiplies it by its tensor-parallel ranks first."""
+    rows, unit = _padded(settings), settings.get("make_vocab_size_divisible_by")
+    return rows // tp if tp > 1 and isinstance(rows, int) and rows % tp == 0 else unit
 
 
 def _object(name: str, value: Any) -> Any:

@@ -598,7 +598,7 @@ def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
         settings, ckpt_format=options.to, tp=options.tp, pp=options.pp, cp=options.cp, ep=options.ep,
         hf_model_id=model.made_from,
     )  # fmt: skip
-    notices = [*model.notices, *said, *warnings]
+    notices = [*model.notices, *said, *warnings, *_uneven(model.facts, options)]
     assets = {n: t for n, t in model.checkpoint.assets.items() if options.save_tokenizer}
     files: tuple[FilePlan, ...]
     if options.to == "torch_dist":
@@ -678,7 +678,6 @@ def _check_divides(settings: Mapping[str, Any], options: Options) -> None:
         ("ffn_hidden_size", "tp", options.tp),
         ("hidden_size", "tp", options.tp),
         ("num_moe_experts", "ep", options.ep),
-        ("num_layers", "pp", options.pp),
     )
     wrong = [
         f"{name} {settings[name]} by {axis} {n}" for name, axis, n in asked if settings.get(name) and settings[name] % n
@@ -690,6 +689,20 @@ def _check_divides(settings: Mapping[str, Any], options: Options) -> None:
         wrong.append(f"a model without experts by ep {options.ep}")
     if wrong:
         raise Mismatch(f"the mesh does not divide the model: {listed(wrong)}")
+
+
+def _uneven(facts: Facts, options: Options) -> list[str]:
+    """Sentences about what the mesh does not divide and its run can do something about."""
+    rows, layers = facts.sizes.get("padded_vocab", facts.sizes["vocab"]), len(facts.layers)
+    said = []
+    if rows % options.tp:
+        said.append(
+            f"a vocabulary of {rows} does not divide by tp {options.tp}, and Megatron-Bridge builds no such model: "
+            "--make-vocab-size-divisible-by 128 pads it"
+        )
+    if layers % options.pp:
+        said.append(f"{layers} layers do not divide by pp {options.pp}: the run needs a pipeline layout of its own")
+    return said
 
 
 def _max_nbytes(options: Options) -> int | None:
