@@ -391,3 +391,11 @@ def test_layers_and_vocabularies_that_need_something_of_the_run_are_said(
     said = capsys.readouterr().err
     assert f"a vocabulary of {rows} does not divide by tp 2" in said
     assert "layers do not divide by pp 9: the run needs a pipeline layout of its own" in said
+
+
+def test_megatron_lm_is_not_given_projections_that_it_would_mix_up(tmp_path: Path, said: Callable[..., str]) -> None:
+    model = Path(__file__).parent / "data" / "megatron" / "nemotron_h"
+    words = ("--to", "fsdp_dtensor", "--target", "megatron-lm")
+    message = said("convert", model, tmp_path / "refused", *words, "--tp", "2")
+    assert "tensors whole, with the rows of each rank together, and would mix them up" in message
+    assert main(["convert", str(model), str(tmp_path / "out"), *words]) == 0

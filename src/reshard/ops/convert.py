@@ -29,7 +29,7 @@ from reshard.dialects.megatron import InMemory
 from reshard.dialects.table import Facts, Family, copies, entries
 from reshard.errors import Corrupt, Incomplete, InputError, Mismatch, NotFound, Unsupported, listed
 from reshard.formats import fsdp_dtensor, huggingface, nemo1, nemo2_context, torch_dist
-from reshard.formats.fsdp_dtensor import TARGETS, target_named
+from reshard.formats.fsdp_dtensor import TARGETS, Target, target_named
 from reshard.formats.megatron import MegatronCheckpoint, Settings, locate, open_located
 from reshard.ops import nemo2
 from reshard.ops import reference as references
@@ -585,6 +585,7 @@ def _to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     layout = megatron.TORCH_DIST
     if options.to == "fsdp_dtensor":
         layout = megatron.Layout(target.prefixes, False, True, target.split_parts, target.mtp)
+        _check_whole(model, target, options)
     named, said = _in_megatron_dtypes(model, options)
     alike = len(set(model.facts.layers)) == 1  # Megatron numbers the layers of a model with dense ones among others
     stacks = model.family.stacked and alike and options.to != "fsdp_dtensor"
@@ -658,6 +659,17 @@ def _comes_back(model: Model, named: Named, tensor: Tensor) -> bool:
     wanted = model.hub[named.entry.hub[0]]
     again = cast(named.entry.row.fuse.split(tensor, model.facts.sizes)[0], wanted.dtype)
     return same_bytes(wanted, again, model.checkpoint.source)
+
+
+def _check_whole(model: Model, target: Target, options: Options) -> None:
+    """Raise Unsupported for projections of several kinds in one tensor at TP > 1: their rows lie otherwise there."""
+    whole = [name for name, named in model.megatron.items() if named.entry.row.parts]
+    if whole and options.tp > 1 and True not in target.split_parts:
+        raise Unsupported(
+            f"--target {target.name} --tp {options.tp}: Megatron-LM reads {len(whole)} tensors whole, with the rows of "
+            f"each rank together, and would mix them up: {listed(whole, 3)}",
+            hint="--tp 1, or --target bridge",
+        )
 
 
 def _check_mesh(options: Options) -> None:
