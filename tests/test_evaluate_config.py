@@ -57,11 +57,28 @@ def test_broken_yaml_is_named_with_line_and_column(tmp_path: Path, text: str, wh
         read_settings(written(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "born: 2020-13-45\n", f"eval_steps: {'9' * 5000}\n", "&a trainer_args: &b\n  trainer_args: *b\n",
+        "eval_config: {tasks: [a], loggers: [[a]]}\n",
+    ],
+)  # fmt: skip
+def test_yaml_that_is_valid_and_means_nothing_is_an_error_of_the_file(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"eval\.yaml"):
+        read_settings(written(tmp_path, text))
+
+
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"unknown key poll_intervall; did you mean poll_interval\?"):
         config_of({"tasks": ["a"], "poll_intervall": 3})
     with pytest.raises(InputError, match=r"unknown key eval_step; did you mean eval_steps\?"):
         settings_of({"eval_step": 5, "eval_config": {"tasks": ["a"]}})
+    for key, known in (("evaluation_strategy", "eval_strategy"), ("evalsteps", "eval_steps")):
+        with pytest.raises(InputError, match=rf"unknown key {key}; did you mean {known}\?"):
+            settings_of({key: 5, "eval_config": {"tasks": ["a"]}})
+    trainers = dict.fromkeys(("save_strategy", "save_steps", "max_steps", "model_config", "dataset_config"), 5)
+    assert settings_of({**trainers, "eval_config": {"tasks": ["a"]}}).schedule.steps is None
     with pytest.raises(InputError, match=r"did you mean eval_config\?"):
         settings_of({"eval_confg": {"tasks": ["a"]}})
 
@@ -79,6 +96,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
         ({"tasks": ["a"], "loggers": ["tensorbord"]}, r"did you mean tensorboard\?"),
         ({"tasks": ["a"], "retry_on": ["never"]}, "retry_on: never"),
         ({"tasks": ["a"], "max_merged_size": "many"}, "many"),
+        ({"tasks": ["a"], "dtype": "bf17"}, "bf17"),
+        ({"tasks": ["a"], "poll_interval": float("nan")}, "poll_interval: nan"),
+        ({"tasks": ["a"], "poll_interval": float("inf")}, "poll_interval: inf"),
+        ({"tasks": ["a"], "retry_wait": float("nan")}, "retry_wait: nan"),
         ([1], "settings are expected"),
     ],
 )  # fmt: skip
@@ -99,7 +120,7 @@ def test_the_schedule_says_which_steps(block: dict[str, object], wanted: list[in
     assert [step for step in (100, 200, 300, 400) if schedule.wants(step)] == wanted
 
 
-@pytest.mark.parametrize("steps", [0, -5, 0.1, 2.5, "many", True])
+@pytest.mark.parametrize("steps", [0, -5, 0.1, 2.5, "many", True, float("inf"), float("nan")])
 def test_a_number_of_steps_is_a_number_of_steps(steps: object) -> None:
     with pytest.raises(InputError, match="eval_steps"):
         settings_of({"eval_steps": steps, "eval_config": {"tasks": ["a"]}})

@@ -10,15 +10,18 @@ looked at. Source: lmms-engine 0.1.4 `train/config.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from reshard.core.dtypes import dtype as named_dtype
 from reshard.errors import InputError, NotFound, listed
 
 _LIMIT_NBYTES = 1 << 20
+_LONGEST_S = 366 * 24 * 3600.0
 Kinds = Literal["regular", "ema", "both"]
 KeepMerged = Literal["none", "last", "best", "all"]
 BACKENDS = ("lmms_eval", "lm_eval", "command")
@@ -96,6 +99,9 @@ class EvalConfig:
             raise InputError("backend: command wants a command", hint='command: "my-eval {model} --out {output}"')
         if self.backend != "command" and not self.tasks:
             raise InputError(f"tasks: the backend {self.backend} wants at least one task")
+        for name in ("poll_interval", "timeout", "retry_wait"):
+            if not getattr(self, name) <= _LONGEST_S:  # NaN too
+                raise InputError(f"{name}: {getattr(self, name)} seconds; a year at most is expected")
         for name in ("poll_interval", "timeout"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name}: {getattr(self, name)} seconds; more than 0 are expected")
@@ -112,6 +118,8 @@ class EvalConfig:
             raise InputError("remove_shards: it wants keep_merged: best, which says which shards stay")
         if self.max_merged_size is not None:
             _ = self.max_merged_nbytes
+        if self.dtype is not None:
+            named_dtype(self.dtype)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -173,7 +181,7 @@ def read_settings(path: Path) -> Settings:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise InputError(f"{path}{where}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise InputError(f"{path}: {error}") from error
     try:
         return settings_of(document)
@@ -212,8 +220,7 @@ def settings_of(document: Any) -> Settings:
     if len(blocks) > 1:
         raise InputError("eval_config is there twice")
     block = blocks[0]
-    near = [key for key in block if isinstance(key, str) and key.startswith("eval_") and key not in _EVAL_KEYS]
-    for key in near:
+    for key in (key for key in block if isinstance(key, str) and key not in _EVAL_KEYS):
         close = get_close_matches(key, _EVAL_KEYS[:3], 1, 0.8)
         if close:
             raise InputError(f"unknown key {key}; did you mean {close[0]}?")
@@ -230,14 +237,17 @@ _EVAL_KEYS = (
 
 def _blocks(document: Any) -> Iterator[Mapping[str, Any]]:
     """Where settings may be: LMMs-Engine's files are a list of components, or one."""
-    for part in document if isinstance(document, list) else [document]:
-        if not isinstance(part, Mapping):
+    left, seen = [document], set[int]()
+    while left:
+        part = left.pop(0)
+        if id(part) in seen:  # an alias of what it is in itself
             continue
-        yield part
-        for name in ("trainer_args", "config"):
-            inner = part.get(name)
-            if isinstance(inner, Mapping):
-                yield from _blocks(dict(inner))
+        seen.add(id(part))
+        if isinstance(part, list) and part is document:
+            left += part
+        if isinstance(part, Mapping):
+            yield part
+            left += [part[name] for name in ("trainer_args", "config") if isinstance(part.get(name), Mapping)]
 
 
 def _strategy(value: Any) -> Literal["steps", "epoch", "no"]:
@@ -256,7 +266,7 @@ def _steps(value: Any) -> int | None:
         return None
     if isinstance(value, float) and 0 < value < 1:
         raise InputError(f"eval_steps: {value} of all steps; a number of steps is expected", hint="eval_steps: 500")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
         raise InputError(f"eval_steps: {value!r}; a number of steps is expected")
     return int(value)
 
@@ -300,7 +310,7 @@ def _loggers(value: Any) -> dict[str, dict[str, Any]]:
 
     if isinstance(value, str):
         value = [value]
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and all(isinstance(name, str) for name in value):
         value = dict.fromkeys(value)
     if not isinstance(value, Mapping) or not all(isinstance(v, Mapping | None) for v in value.values()):
         raise InputError(f"eval_config: loggers: names are expected, or names with settings; it is {value!r:.80}")
