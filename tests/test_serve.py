@@ -185,12 +185,51 @@ def test_what_is_ill_formed_is_refused_where_lmms_eval_does(serve: Serve, exchan
         (b'{"model": "--help", "tasks": ["t"], "model_args": {"pretrained": "gpt2"}}', 400),
         (b'{"model": "hf", "tasks": ["../t.yaml"], "model_args": {"pretrained": "gpt2"}}', 400),
         (b'{"model": "hf", "tasks": ["t"], "model_args": {"pretrained": "gpt2", "a=b": 1}}', 400),
+        (b'{"model": "hf", "tasks": ["t"], "model_args": {"pretrained": "/a\\u0000b"}}', 400),
+        (b'{"model": "hf", "tasks": ["t"], "model_args": {"pretrained": "/\\ud800"}}', 400),
+        (b'{"model": "hf", "tasks": ["t"], "model_args": {"pretrained": "/%s"}}' % (b"a" * 5000), 400),
+        (b'{"model": "hf", "tasks": ["t"], "model_args": {"pretrained": "gpt2"}, "output_dir": "/\\ud800"}', 400),
+        (b'{"model": "hf", "tasks": ["t"], "model_args": {"pretrained": "gpt2"}, "step": 1%s}' % (b"0" * 30), 422),
+        (b'{"model": "hf", "tasks": ["t"], "model_args": {"pretrained": "gpt2"}, "step": -7}', 422),
         (b"[" * 100_000, 422),
         (b" " * (2 << 20), 413),
     ],
 )
 def test_hostile_bodies_are_refused(serve: Serve, body: bytes, status: int) -> None:
     assert serve()("POST", "/evaluate", body)[0] == status
+
+
+def test_an_offset_that_is_none_is_refused(serve: Serve, whole: Path) -> None:
+    client = serve()
+    job_id = client.ended(client.evaluate(whole))["job_id"]
+    for offset in ("%C2%B2", "-1", "9" * 5000):
+        assert client("GET", f"/jobs/{job_id}/log?offset={offset}")[0] == 422
+
+
+def test_a_merge_below_a_file_is_refused(serve: Serve, sharded: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    client, (path, _) = serve(), sharded
+    (path / "file").touch()
+    body = {"checkpoint_path": str(path), "output_path": str(path / "file" / "out")}
+    assert client("POST", "/merge", body)[0] == 400
+
+
+@pytest.mark.parametrize("results", ['{"acc": 1%s}' % ("0" * 400), r'{"\ud800": 1}'])
+def test_results_beyond_measure_end_their_job_alone(serve: Serve, whole: Path, results: str) -> None:
+    client = serve(f"""printf '%s' '{results}' > "$3" """)
+    assert client.ended(client.evaluate(whole), 20)["status"] == "failed"
+    assert client.ended(client.evaluate(whole), 20)["status"] == "failed"
+
+
+def test_an_error_of_ours_ends_a_job_and_not_its_slot(
+    serve: Serve, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr("reshard.evaluate.serve.worker.write_results", fail)
+    client = serve()
+    for _ in range(2):
+        assert "unforeseen" in client.ended(client.evaluate(whole), 20)["error"]
 
 
 def test_the_watchers_client_understands_the_server(serve: Serve, whole: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from reshard.errors import Corrupt, NotFound
 NO_FILTER = "none"
 """How the harnesses name the absence of a filter."""
 _LIMIT_NBYTES = 256 << 20
+_MOST = 1 << 1000
 _STANDARD_ERROR = re.compile(r".*_stderr(_\w+)?")
 
 
@@ -72,7 +73,9 @@ def _decoded(data: bytes) -> Any:
     except msgspec.DecodeError:
         import json
 
-        return json.loads(data)
+        document = json.loads(data)
+        json.dumps(document, ensure_ascii=False).encode()  # which half of a character is no part of
+        return document
 
 
 def metrics_of(document: Mapping[str, Any]) -> tuple[Metric, ...]:
@@ -108,8 +111,10 @@ def _of_command(document: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value can be plotted: an int or a float, NaN too; no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value can be plotted: an int or a float, NaN too; no truth value, nothing that no float can hold."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < _MOST
+    return isinstance(value, float)
 
 
 def as_text(value: float) -> float | str:

@@ -118,7 +118,11 @@ def harness_of(values: Mapping[str, Any], key: str, settings: ServeSettings) -> 
 
 def inside(path: str | Path, settings: ServeSettings) -> Path:
     """A path as it really is. Raises NotAdmitted when that is outside the roots, links followed."""
-    real = Path(os.path.realpath(path))
+    try:
+        real = Path(os.path.realpath(path))
+        real.exists()
+    except (ValueError, OSError) as error:  # a byte that no name has, or too many of them
+        raise NotAdmitted(f"{str(path)[:200]!r} is no path: {getattr(error, 'strerror', None) or error}") from error
     if not os.path.isabs(path):
         raise NotAdmitted(f"{path}: a path from the root directory is expected", 403)
     if not any(real == root or real.is_relative_to(root) for root in settings.roots):

@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import math
+import re
 import secrets
 import threading
 import time
@@ -157,8 +158,8 @@ class _Served:
             return PlainTextResponse("")
         if offset is None:
             return PlainTextResponse(last_lines(log, 200))
-        if not offset.isdigit():
-            raise HTTPException(422, f"offset: {offset!r} is no number of bytes")
+        if not re.fullmatch(r"[0-9]{1,18}", offset):
+            raise HTTPException(422, f"offset: {offset[:40]!r} is no number of bytes")
         with log.open("rb") as file:
             file.seek(min(int(offset), log.stat().st_size))
             data = file.read(_LOG_NBYTES)
@@ -209,15 +210,17 @@ class _Served:
         chosen: dict[str, Any] = (
             {"state_dict_dirname": "pytorch_ema_model_fsdp_0"} if values["checkpoint_type"] == "ema" else {}
         )
-        output.parent.mkdir(parents=True, exist_ok=True)
         try:
+            output.parent.mkdir(parents=True, exist_ok=True)
             with self._merging:
                 merged = merge(source, output, base=self._settings.base, **chosen)
         except Incomplete as error:
             raise HTTPException(404, str(error)) from error
         except (InputError, NotFound) as error:
             raise HTTPException(400, str(error)) from error
-        except ReshardError as error:
+        except (FileExistsError, NotADirectoryError) as error:
+            raise HTTPException(400, f"output_path: {error.filename} is no directory") from error
+        except (ReshardError, OSError) as error:
             raise HTTPException(500, f"Merge failed: {error}") from error
         return _json({
             "success": True, "message": "Checkpoint merged successfully", "merged_path": str(merged.output),

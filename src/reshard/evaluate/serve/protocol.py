@@ -23,6 +23,8 @@ _STATUSES = {
     State.QUEUED: "queued", State.SUBMITTING: "running", State.RUNNING: "running", State.DONE: "completed",
     State.CANCELLED: "cancelled",
 }  # fmt: skip
+_LARGEST = 1 << 53
+"""Beyond it JSON's integers are not the same for everybody."""
 _NO_DEFAULT = object()
 
 
@@ -59,7 +61,7 @@ EVALUATE = {
 }
 OURS = {
     "lmms_engine_kwargs": _Field((dict,), "an object", None),
-    "step": _Field((int,), "an integer", None),
+    "step": _Field((int,), "an integer, from 0", None),
     "checkpoint_type": _Field((str,), "'regular' or 'ema'", None),
     "timeout": _Field((int, float), "a number of seconds", None),
 }
@@ -103,6 +105,10 @@ def _fits(value: Any, field: _Field) -> bool:
         return False
     if "'ema'" in field.expected:
         return value in ("regular", "ema")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return False
+    if field.expected.endswith("from 0"):
+        return isinstance(value, int) and value >= 0
     if isinstance(value, list):
         return list in field.types and bool(value) and all(isinstance(part, str) and part for part in value)
     if isinstance(value, str):

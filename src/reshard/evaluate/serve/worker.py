@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import InputError, ReshardError
+from reshard.evaluate import process
 from reshard.evaluate.backend import Phase, Refused, Request, Status
 from reshard.evaluate.backends.program import Program
 from reshard.evaluate.lease import RENEW_S, new_owner
@@ -111,6 +112,18 @@ class Worker:
                 self._stopping.wait(_IDLE_S)
                 with suppress(ReshardError):
                     self._take_up_again(job, slot)
+            except Exception as error:  # what nobody foresaw ends a job, not its slot
+                with suppress(ReshardError, OSError):
+                    self._defect(job, error)
+
+    def _defect(self, job: Job | None, error: Exception) -> None:
+        """End a job over an error of ours."""
+        now = None if job is None else self._store.job(job.id)
+        if now is None or now.owner != self._owner or now.is_final:
+            return
+        if now.output:
+            process.kill(Path(now.output))
+        self._finish(now, Status(Phase.FAILED, f"this is a defect of reshard: {type(error).__name__}: {error}"))
 
     def _take_up_again(self, job: Job | None, slot: int) -> None:
         """A job that an error interrupted, from where the file says that it is."""
