@@ -1,0 +1,101 @@
+"""What a conversion is asked to do, and what cannot be asked of any model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from reshard.core.dtypes import dtype
+from reshard.errors import Mismatch, Unsupported, listed
+from reshard.formats import huggingface
+from reshard.formats.fsdp_dtensor import TARGETS
+from reshard.ops.reference import is_float8
+
+Format = Literal["hf", "torch_dist", "fsdp_dtensor", "nemo2"]
+FORMATS: tuple[Format, ...] = ("hf", "torch_dist", "fsdp_dtensor", "nemo2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a conversion does."""
+
+    to: Format = "hf"
+    dtype: str | None = None
+    """Of floating-point tensors, but for those that a family keeps in float32."""
+    hf_model: str | None = None
+    """A HuggingFace directory or hub id: names, dtypes, config and tokenizer. None of its values is read."""
+    target: str = next(iter(TARGETS))
+    """Whose loader an fsdp_dtensor directory is for."""
+    iteration: int | None = None
+    """Of a run to be read; the newest complete one by default."""
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    pp: int = 1
+    vocab_divisor: int | None = None
+    """Rows of the vocabulary are padded to a multiple of this times `tp`, on the way into Megatron."""
+    strict: bool = True
+    """Whether a tensor that is missing is an error."""
+    max_shard_size: str | None = None
+    save_tokenizer: bool = True
+    model_id: str | None = None
+    """NVIDIA's name of the model: what a checkpoint does not say of itself."""
+    tokenizer_path: str | None = None
+    """Of NeMo's tokenizer; the one beside the model by default."""
+    tokenizer_library: str | None = None
+    """`sentencepiece` or `huggingface`; by its files where it is not said."""
+    verify: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """What differs from the defaults, for the manifest."""
+        default = Options()
+        return {n: getattr(self, n) for n in self.__slots__ if n == "to" or getattr(self, n) != getattr(default, n)}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Options:
+        """The options that a manifest holds."""
+        return msgspec.convert(record, cls)
+
+    @property
+    def max_nbytes(self) -> int | None:
+        """The size that no file may exceed, where one was asked for."""
+        return huggingface.parse_size(self.max_shard_size) if self.max_shard_size else None
+
+
+def format_named(name: str) -> Format:
+    """The format of this name. Raises Unsupported, listing all."""
+    for known in FORMATS:
+        if name == known:
+            return known
+    raise Unsupported(f"no format {name!r} to convert to", hint=f"one of {listed(FORMATS)}")
+
+
+def check(options: Options) -> None:
+    """Raise Unsupported or Mismatch for options that no model can be converted with."""
+    if options.dtype is not None and (dtype(options.dtype).kind != "float" or is_float8(dtype(options.dtype))):
+        raise Unsupported(
+            f"--dtype {options.dtype}: weights are written in float32, bfloat16, float16 or float64",
+            hint="quantize the model that was written with the program that will serve it",
+        )
+    if options.vocab_divisor is not None and options.vocab_divisor < 1:
+        raise Mismatch(f"--make-vocab-size-divisible-by {options.vocab_divisor}: it begins at 1")
+    if not options.strict and options.to != "hf":
+        raise Unsupported(
+            f"--not-strict --to {options.to}: no loader of Megatron takes a model that lacks tensors",
+            hint="leave --not-strict out, or convert --to hf",
+        )
+
+
+def check_mesh(options: Options) -> None:
+    """Raise Mismatch for a mesh that cannot be, or that the ranks of this run do not divide into."""
+    sizes = {"tp": options.tp, "cp": options.cp, "ep": options.ep, "pp": options.pp}
+    wrong = [f"--{name} {size}" for name, size in sizes.items() if size < 1]
+    if wrong:
+        raise Mismatch(f"{listed(wrong)}: a mesh axis has one rank or more")
+    world, ranks = os.environ.get("WORLD_SIZE", "1"), options.tp * options.cp * options.ep
+    if world.isdecimal() and int(world) > 1 and ranks > 1 and int(world) % ranks:
+        raise Mismatch(f"WORLD_SIZE {world} is not a multiple of tp*cp*ep, {ranks}")
