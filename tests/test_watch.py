@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from reshard.cli.main import main
 from reshard.errors import InputError
 from reshard.evaluate.backend import Phase, Request, Status, Unavailable
-from reshard.evaluate.config import Settings, settings_of
+from reshard.evaluate.config import Schedule, Settings, settings_of
 from reshard.evaluate.metrics import Metric
 from reshard.evaluate.places import Places
 from reshard.evaluate.protect import hold
@@ -205,6 +205,35 @@ def test_checkpoint_type_ema_without_averaged_weights_is_said(tmp_path: Path) ->
 
 
 # -------------------------------------------------------------------------------------------- what the trainer does
+
+
+def test_what_only_an_earlier_watch_was_asked_for_keeps_no_later_one_waiting(tmp_path: Path) -> None:
+    (save(tmp_path, 2) / "config.json").unlink()
+    save(tmp_path, 4)
+    assert states(once(tmp_path, settings(), Fake())) == {2: "seen", 4: "done"}
+    later = Settings(Schedule(steps=4), settings().evaluation)
+    watching = threading.Thread(target=once, args=(tmp_path, later, Fake()), daemon=True)
+    watching.start()
+    watching.join(10)
+    assert not watching.is_alive()
+
+
+@pytest.mark.parametrize(
+    "run, steps, said",
+    [
+        (".", 3, "eval_steps 3 asks for none of the steps 2"),
+        ("checkpoint-2", 1, "is a checkpoint itself"),
+        ("checkpoint-2/logs", 1, "has no checkpoints yet"),
+    ],
+)
+def test_a_watch_with_nothing_to_do_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: str, steps: int, said: str
+) -> None:
+    (save(tmp_path, 2) / "logs").mkdir()
+    config = tmp_path / "eval.yaml"
+    config.write_text(f"eval_steps: {steps}\neval_config: {{backend: command, command: 'true'}}\n")
+    assert main(["watch", str(tmp_path / run), "--config", str(config), "--once"]) == 0
+    assert said in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_a_shard_is_not_whole_and_is_evaluated_when_it_is(tmp_path: Path) -> None:

@@ -13,8 +13,13 @@ import argparse
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reshard.cli import output
+
+if TYPE_CHECKING:
+    from reshard.evaluate.config import Schedule
+    from reshard.evaluate.places import Places
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     if settings.schedule.strategy == "no":
         say("eval_strategy is no: there is nothing to do")
         return 0
+    if remark := _remark(places, settings.schedule):
+        say(remark)
     with redirect_stdout(sys.stderr):  # some loggers talk
         watched = watch(settings, places, once=args.once, again=args.retry_failed, say=say)
     if args.json:
@@ -53,6 +60,24 @@ def run(args: argparse.Namespace) -> int:
     if watched.left:
         output.say(f"note: {watched.left} steps are under way: the next watch goes on with them")
     return 130 if watched.is_interrupted else 1 if watched.problems else 0
+
+
+def _remark(places: Places, schedule: Schedule) -> str:
+    """What is to be said where there is nothing to evaluate yet; empty where there is."""
+    from reshard.errors import InputError, listed
+    from reshard.evaluate.ready import steps
+    from reshard.formats.detect import find
+
+    numbers = [step for step, _ in steps(places.run)]
+    if any(schedule.wants(step) for step in numbers):
+        return ""
+    if numbers:
+        return f"eval_steps {schedule.steps} asks for none of the steps {listed(map(str, numbers))}"
+    try:
+        find(places.run)
+    except InputError:
+        return f"{places.run} has no checkpoints yet"
+    return f"{places.run} is a checkpoint itself: RUN is the directory that holds checkpoint-500, checkpoint-1000, ..."
 
 
 def _say(text: str) -> None:

@@ -93,8 +93,15 @@ class Scanner:
                 self._store.drop(seen)
 
     def is_settled(self) -> bool:
-        """Whether another look will find nothing new unless the trainer writes."""
-        return all(self._is_stuck(Path(job.source), job.kind) for job in self._store.jobs([State.SEEN], run=self._run))
+        """Whether another look will find nothing new unless the trainer writes.
+
+        What an earlier watch was asked for, and this one is not, nobody looks at.
+        """
+        seen = [job for job in self._store.jobs([State.SEEN], run=self._run) if self._is_wanted(job)]
+        return all(self._is_stuck(Path(job.source), job.kind) for job in seen)
+
+    def _is_wanted(self, job: Job) -> bool:
+        return job.kind in self._kinds and self._schedule.wants(job.step)
 
     def is_current(self, job: Job) -> bool:
         """Whether the checkpoint of a job is what it was, or is gone; not while it is being saved again."""
