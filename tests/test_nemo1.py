@@ -475,6 +475,20 @@ def test_the_archives_rotary_base_is_that_of_the_converted_model(tmp_path: Path)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_theta"] == 12345.0
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"ffn_hidden_size": 100}, {"num_query_groups": 4}, {"num_attention_heads": 16}, {"hidden_size": 65}],
+)
+@pytest.mark.parametrize("to", ["nemo2", "torch_dist", "hf"])
+def test_settings_that_the_tensors_contradict_are_not_written_beside_them(
+    fields: dict[str, Any], to: str, tmp_path: Path
+) -> None:
+    archive = pack(tmp_path / "m.nemo", members(**fields))
+    with pytest.raises(Mismatch):
+        reshard.convert(archive, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_id_that_contradicts_the_archive_is_an_error_with_both_values(tmp_path: Path) -> None:
     source = pack(tmp_path / "m.nemo", members(rotary_base=12345.0))
     with pytest.raises(Mismatch, match=r"rotary_base is 12345\.0, not 500000.*") as raised:

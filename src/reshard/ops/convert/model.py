@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from reshard.dialects import apply, megatron, packing
 from reshard.dialects.apply import Named
 from reshard.dialects.megatron import InMemory
 from reshard.dialects.table import Facts, Family, copies, entries
-from reshard.errors import Corrupt, Mismatch, NotFound, Unsupported, listed
+from reshard.errors import Corrupt, Incomplete, Mismatch, NotFound, Unsupported, listed
 from reshard.formats import huggingface, nemo1, nemo2_context
 from reshard.formats.megatron import MegatronCheckpoint, Settings, locate, open_located
 from reshard.ops import nemo2
 from reshard.ops import reference as references
+from reshard.ops.config import check_complete
 from reshard.ops.convert.options import Options
 from reshard.ops.family import by_config, choose
 from reshard.ops.merge import Options as MergeOptions
@@ -104,6 +106,7 @@ def of_megatron(source: Path, options: Options) -> Model:
     notices += (*said, *(f"the checkpoint has nothing of the model's {part} part" for part in absent))
     notices += (*opened.settings.notices, *_left_out(opened))
     if options.to != "hf":
+        _check_shapes(opened.checkpoint, memory.tensors, family, facts, config)
         facts, rows = _rows_kept(memory.tensors, facts, options)
         named = apply.canonical(memory.tensors, family, rows)
         hub_tensors: Mapping[str, Tensor] = {}
@@ -117,6 +120,15 @@ def of_megatron(source: Path, options: Options) -> Model:
         checkpoint, family, facts, config, hub_tensors, named, reference,
         (*checkpoint.notices, *notices), options.hf_model or opened.settings.hf_model_id, opened.settings.tokenizer,
     )  # fmt: skip
+
+
+def _check_shapes(
+    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], family: Family, facts: Facts, config: Mapping[str, Any]
+) -> None:
+    """Raise Mismatch where tensors have not the shapes that the settings say, which would be written beside them."""
+    hub_tensors = apply.to_hub(tensors, family, facts, strict=False)
+    with suppress(Incomplete):  # parts of models are converted too
+        check_complete(config, replace(checkpoint, tensors=hub_tensors))
 
 
 def _by_id(settings: Settings, options: Options) -> Settings:
