@@ -79,7 +79,11 @@ def test_offline_the_error_says_so_and_names_the_option(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("reference", ["/no/such/dir", "./no", "../x", "org/na..me", "a/b/c", "", "org/name@", "-x/y"])
-def test_what_is_no_name_is_taken_for_a_missing_directory(reference: str, cache: Path, tmp_path: Path) -> None:
+def test_what_is_no_name_is_taken_for_a_missing_directory(
+    reference: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
     with pytest.raises(NotFound, match="no such directory") as caught:
         resolve(reference or str(tmp_path / "missing"))
     assert "--base DIR" in str(caught.value.hint)
