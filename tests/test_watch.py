@@ -740,6 +740,24 @@ def test_sigterm_finishes_what_is_under_way(tmp_path: Path) -> None:
     assert logged(run) == [(5, "eval/t/acc", 5.0)]
 
 
+def test_sigterm_does_not_wait_for_a_server_that_is_away(tmp_path: Path) -> None:
+    save(tmp_path / "run", 5)
+    config = tmp_path / "eval.yaml"
+    config.write_text("eval_config: {server_url: 'http://127.0.0.1:1', tasks: [t], poll_interval: 0.05}")
+    words = [sys.executable, "-m", "reshard", "watch", str(tmp_path / "run"), "--config", str(config)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if "the backend does not answer" in line:
+                break
+        child.send_signal(signal.SIGTERM)
+        try:
+            assert child.wait(20) == 0
+        finally:
+            child.kill()
+        assert "the next watch goes on" in child.stderr.read()
+
+
 def test_a_second_sigterm_stops_at_once_and_the_next_watch_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     save(run, 5)

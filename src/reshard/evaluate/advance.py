@@ -59,6 +59,8 @@ class Advancer:
         self._quiet_until, self._silence_s = 0.0, _SILENCE_S[0]
         self.ending = False
         """Whether no more checkpoints are expected: what may pass is then tried as often as what fails."""
+        self.answers = True
+        """Whether the backend answered when it was asked last."""
         self.changed = threading.Event()
         """Set when there is something to do before the next poll."""
 
@@ -267,6 +269,7 @@ class Advancer:
         return time.monotonic() >= self._quiet_until
 
     def _fall_silent(self, error: Unavailable) -> None:
+        self.answers = False
         if self._may_ask():
             self._say(f"the backend does not answer: {error}; asked again in {self._silence_s:.0f} s")
             self._quiet_until = time.monotonic() + self._silence_s
@@ -293,7 +296,7 @@ class Advancer:
 
     def _sent(self, job: Job, job_id: str) -> None:
         self._store.sent(job, job_id, self._owner)
-        self._silence_s = _SILENCE_S[0]
+        self._silence_s, self.answers = _SILENCE_S[0], True
         self._say(f"{called(job)}: attempt {job.attempts} submitted as {job_id}")
 
     def _lost_model(self, job: Job) -> None:
@@ -323,6 +326,7 @@ class Advancer:
 
     def _take(self, job: Job, status: Status) -> None:
         """Do what follows from how far an evaluation is."""
+        self.answers = status.phase != Phase.UNKNOWN
         match status.phase:
             case Phase.COMPLETED if self._scanner.is_current(job) or self._outlived(job):
                 self._measured(job, status)
