@@ -530,6 +530,7 @@ def test_a_sentencepiece_model_lies_where_io_json_says(
     "words, said",
     [
         (["--tokenizer-library", "tiktoken", "--tokenizer-path", "."], "sentencepiece and huggingface are written"),
+        (["--tokenizer-library", "tiktoken"], "sentencepiece and huggingface are written"),
         (["--tokenizer-path", str(TRUTH / "config.json")], "config.json is not a SentencePiece model"),
         (["--tokenizer-path", str(REAL / "weights")], "has no files of a known tokenizer"),
     ],

@@ -137,10 +137,8 @@ def _vocabulary(
 def tokenizer_named(path: str, library: str | None) -> Tokenizer:
     """The tokenizer of --tokenizer-path: a SentencePiece file, or a directory or hub id with a tokenizer's files.
 
-    Raises NotFound where nothing of the kind is there, Unsupported for another library.
+    Raises NotFound where nothing of the kind is there.
     """
-    if library not in (None, *LIBRARIES):
-        raise Unsupported(f"--tokenizer-library {library}: {' and '.join(LIBRARIES)} are written")
     place = Path(path).expanduser()
     if place.is_file() and library != "huggingface":
         return _sentence_piece(place.name, huggingface.asset(place), LazySource(Files()))

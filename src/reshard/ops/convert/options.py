@@ -13,6 +13,7 @@ from reshard.core.dtypes import dtype
 from reshard.errors import Mismatch, Unsupported, listed
 from reshard.formats import huggingface
 from reshard.formats.fsdp_dtensor import TARGETS
+from reshard.ops.nemo2 import LIBRARIES
 from reshard.ops.reference import is_float8
 
 Format = Literal["hf", "torch_dist", "fsdp_dtensor", "nemo2"]
@@ -83,6 +84,8 @@ def check(options: Options) -> None:
         )
     if options.vocab_divisor is not None and options.vocab_divisor < 1:
         raise Mismatch(f"--make-vocab-size-divisible-by {options.vocab_divisor}: it begins at 1")
+    if options.tokenizer_library not in (None, *LIBRARIES):
+        raise Unsupported(f"--tokenizer-library {options.tokenizer_library}: {' and '.join(LIBRARIES)} are written")
     if not options.strict and options.to != "hf":
         raise Unsupported(
             f"--not-strict --to {options.to}: no loader of Megatron takes a model that lacks tensors",
