@@ -696,7 +696,8 @@ def test_the_command_line_starts_it(whole: Path, tmp_path: Path) -> None:
         (["--root", "/no/such"], "no such directory"),
         (["--command", "x {modle}"], "{modle} is not known"),
         (["--backend", "command"], "go together"),
-        (["--slots", "0"], "at least 1"),
+        (["--slots", "0"], "1 to 256"),
+        (["--slots", "100000"], "1 to 256"),
     ],
 )
 def test_settings_that_cannot_be_are_told(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,11 @@ from reshard.errors import InputError, NotFound, listed
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 QUEUE = "queue.sqlite"
 _STATE = ".reshard-serve"
+_MOST_SLOTS = 1024
+"""Each is a thread."""
+
+MAX_NUM_SLOTS = 256
+"""Each slot is a thread, and a program with a model in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +49,8 @@ class ServeSettings:
     """The interpreter that has the harness."""
 
     def __post_init__(self) -> None:
-        if self.slots < 1:
-            raise InputError(f"--slots {self.slots}: at least 1 is expected")
+        if not 1 <= self.slots <= MAX_NUM_SLOTS:
+            raise InputError(f"--slots {self.slots}: 1 to {MAX_NUM_SLOTS} are expected")
         if self.timeout_s <= 0:
             raise InputError(f"--timeout {self.timeout_s}: more than 0 seconds are expected")
         if not 0 <= self.port < 65536:
