@@ -112,6 +112,17 @@ def test_what_the_server_refuses_is_told_and_forgotten(
     assert "the evaluation of step 1 failed" in caplog.text
 
 
+def test_an_address_that_is_none_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RESHARD_SERVER", "http://[::1")
+    monkeypatch.setattr(module, "_submitter", None)
+    module.submit(tmp_path, 5)
+    assert module.drain(1) == []
+    (said,) = caplog.messages
+    assert "step 5 is not submitted" in said
+
+
 def test_only_rank_zero_submits_from_any_loop(monkeypatch: pytest.MonkeyPatch, server: Client, tmp_path: Path) -> None:
     monkeypatch.setenv("RESHARD_SERVER", f"http://127.0.0.1:{server.port}")
     monkeypatch.setenv("RESHARD_TASKS", "t")

@@ -308,8 +308,12 @@ def configure(server_url: str | None = None, tasks: list[str] | None = None, **s
 
 def submit(path: str | os.PathLike[str], step: int, kind: str = "regular") -> None:
     """Have a checkpoint evaluated. Returns at once; on ranks other than 0 it does nothing."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
         (_submitter or configure()).submit(path, step, kind)
+    except Exception as error:  # an address that is none, say: training goes on
+        _LOG.warning("step %s is not submitted for evaluation: %s", step, error)
 
 
 def results() -> list[Result]:
