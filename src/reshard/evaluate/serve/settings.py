@@ -13,8 +13,6 @@ from reshard.errors import InputError, NotFound, listed
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 QUEUE = "queue.sqlite"
 _STATE = ".reshard-serve"
-_MOST_SLOTS = 1024
-"""Each is a thread."""
 
 MAX_NUM_SLOTS = 256
 """Each slot is a thread, and a program with a model in it."""
