@@ -49,7 +49,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.slots <= MAX_NUM_SLOTS:
             raise InputError(f"--slots {self.slots}: 1 to {MAX_NUM_SLOTS} are expected")
-        if self.timeout_s <= 0:
+        if not 0 < self.timeout_s < float("inf"):
             raise InputError(f"--timeout {self.timeout_s}: more than 0 seconds are expected")
         if not 0 <= self.port < 65536:
             raise InputError(f"--port {self.port}: 0 to 65535 is expected")
