@@ -25,7 +25,9 @@ from checkpoints import equals, left_in, model, write_dcp
 from reshard.cli.main import main
 from reshard.errors import ReshardError
 from reshard.storage.launch import Launch, Spread, detect
+from reshard.storage.plan import Plan
 from reshard.storage.share import cut
+from reshard.storage.staging import check_space, staging_of
 
 KILLS = 18
 MODEL = model(num_layers=6, width=64)
@@ -87,7 +89,7 @@ class Ranks:
     ) -> int:
         """The process id of one rank; `before` is run in it before the command."""
         self._number += 1
-        numbers = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        numbers = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "RESHARD_JOIN_TIMEOUT_S": "120"}
         order = {
             "name": str(self._number), "env": {**numbers, **(env or {})}, "argv": [str(a) for a in argv],
             "before": before,
@@ -232,6 +234,27 @@ def test_ranks_may_start_late(ranks: Ranks, source: Path, tmp_path: Path) -> Non
     assert [ranks.ended(pid).code for pid in pids] == [0] * 3
     assert equals(tmp_path / "out", MODEL)
     assert left_in(tmp_path)[0] == "out"
+
+
+def test_a_rank_may_look_for_space_while_others_come_and_go(tmp_path: Path) -> None:
+    staging = staging_of(tmp_path / "out")
+    churn = (
+        "import itertools, pathlib, shutil, sys\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "for i in itertools.count():\n"
+        "    (path / f'{i % 7}/deep').mkdir(parents=True, exist_ok=True)\n"
+        "    for k in range(9):\n"
+        "        (path / f'{i % 7}/{k}').write_bytes(b'x')\n"
+        "    shutil.rmtree(path / f'{(i + 3) % 7}', ignore_errors=True)\n"
+    )
+    others = subprocess.Popen([sys.executable, "-c", churn, str(staging)])
+    try:
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            check_space(tmp_path / "out", Plan(()))
+    finally:
+        others.kill()
+        others.wait()
 
 
 def test_more_ranks_than_tensors(ranks: Ranks, tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def board_of(launch: Launch, staging: Path, process: str) -> Board:
     return Directory(staging / f"ranks-{identity}", process)
 
 
+_ALIVE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+
+
 class Directory:
     """A board on the file system. Each process holds a lock on a file of its name: when it ends, the kernel lets go,
     and others on the same machine see it at once."""
@@ -68,10 +71,13 @@ class Directory:
         self._hold()
 
     def _hold(self) -> None:
-        self._path.mkdir(parents=True, exist_ok=True)
         if self._alive >= 0:
             os.close(self._alive)
-        self._alive = os.open(self._path / f"alive.{self._process}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._alive = -1
+        while self._alive < 0:
+            with suppress(FileNotFoundError):  # another run has just cleared up
+                self._path.mkdir(parents=True, exist_ok=True)
+                self._alive = os.open(self._path / f"alive.{self._process}", _ALIVE_FLAGS, 0o644)
         with suppress(OSError):  # without locks only silence tells
             fcntl.flock(self._alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

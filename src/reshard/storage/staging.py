@@ -82,14 +82,22 @@ def check_space(destination: Path, plan: Plan) -> None:
     """Raise OutputError when the output would not fit on the disk."""
     final = resolved(destination)
     parent = _existing_parent(final)
-    free = shutil.disk_usage(parent).free + sum(
-        f.stat().st_blocks * 512 for f in staging_of(final).rglob("*") if f.is_file()
-    )
+    free = shutil.disk_usage(parent).free + _allocated_nbytes(staging_of(final))
     if plan.nbytes > free:
         raise OutputError(
             f"{destination}: {plan.nbytes} bytes to write, {free} free in {parent}",
             hint="free some space, choose another output, or write less with --dtype bfloat16",
         )
+
+
+def _allocated_nbytes(directory: Path) -> int:
+    """What the files below a directory take of the disk. Other ranks may come and go there meanwhile."""
+    nbytes = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                nbytes += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return nbytes
 
 
 @contextmanager
