@@ -315,12 +315,19 @@ def test_axolotl_calls_it_from_python(here: Path, truth: Mapping[str, object]) -
     assert not (here / "two/tokenizer.json").exists()
 
 
+BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 20))
+"""Twenty lines of merge keys that stand for 9^20 values."""
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("base_model: base\n", "has no output_dir"),
         ("output_dir: [1, 2\n", "config.yml: "),
         ("- output_dir\n", "settings are expected, it holds a list"),
+        ("output_dir: 2024-02-31\n", "config.yml: day "),
+        ("output_dir: " + "[" * 100_000, "config.yml: it is nested deeper than 32 levels, in line 1"),
+        (BOMB, "config.yml: it stands for more than 1048576 values"),
         ("output_dir: elsewhere\n", "no such file or directory"),
         ("output_dir: run\nbase_model: nowhere/at-all\n", "nowhere/at-all is neither a directory nor in "),
     ],

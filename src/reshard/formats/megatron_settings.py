@@ -26,13 +26,13 @@ from typing import Any
 import yaml
 
 from reshard.errors import Corrupt, Unsupported
+from reshard.formats.yaml_bounds import MAX_DEPTH, check_bounds
 from reshard.storage.unpickle import Global, Inert, TensorRef, TorchDType
 
 LIMIT_NBYTES = 16 << 20
 """Of a settings file; real ones have some 20 KiB."""
 _MAX_NUM_VALUES = 1 << 17
 """Of a settings file with all aliases followed."""
-_MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,22 +155,13 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     """The document, reduced to plain values. Tags that name Python objects are looked through, never followed."""
     try:
         text = _bounded(path)
-        _check_depth(text)
+        check_bounds(text)
         document = plain(yaml.load(text, Loader=_Loader))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise Corrupt(f"{path} is not YAML: {error}") from error
     if not isinstance(document, dict):
         raise Corrupt(f"{path} holds a {type(document).__name__}, a mapping was expected")
     return document
-
-
-def _check_depth(text: bytes) -> None:
-    """Raise ValueError for a document nested beyond measure: libyaml's parser calls itself, without end, for each."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
 
 
 def _mapping(document: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
@@ -208,7 +199,7 @@ def plain(value: Any) -> Any:
     def reduced(item: Any, depth: int) -> Any:
         nonlocal left
         left -= 1
-        if left < 0 or depth > _MAX_DEPTH:
+        if left < 0 or depth > MAX_DEPTH:
             raise ValueError("its values refer to each other over and over")
         if isinstance(item, Mapping):
             inner = {str(key): reduced(child, depth + 1) for key, child in item.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from reshard.errors import InputError, NotFound
+from reshard.formats.yaml_bounds import check_bounds
 from reshard.ops.merge import Merged, merge
 
 _LIMIT_NBYTES = 16 << 20
@@ -30,8 +31,10 @@ def read(path: Path) -> AxolotlConfig:
     if path.stat().st_size > _LIMIT_NBYTES:
         raise InputError(f"{path} has {path.stat().st_size} bytes")
     try:
-        document = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text = path.read_bytes()
+        check_bounds(text)
+        document = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise InputError(f"{path}: {error}") from error
     if not isinstance(document, Mapping):
         raise InputError(f"{path}: settings are expected, it holds a {type(document).__name__}")
