@@ -222,6 +222,7 @@ def test_tensorboard_has_every_point_once_at_its_step(tmp_path: Path) -> None:
     assert [(scalar.step, scalar.value) for scalar in found.Scalars("eval/t/acc")] == [(200, 0.5), (100, 0.25)]
 
 
+@pytest.mark.filterwarnings("ignore")  # MLflow's own, of the libraries below it
 def test_mlflow_has_every_point_once_under_a_name_that_it_takes(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
