@@ -19,7 +19,8 @@ from reshard.errors import InputError
 from reshard.evaluate.log import Delivery, Journal, read
 from reshard.evaluate.loggers import Point, open_logger, require
 from reshard.evaluate.metrics import Metric
-from reshard.evaluate.store import Key, New, State, Store
+from reshard.evaluate.records import Key, New, State
+from reshard.evaluate.store import Store
 
 
 @pytest.fixture

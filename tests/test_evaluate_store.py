@@ -17,7 +17,8 @@ from reshard.evaluate.config import config_of
 from reshard.evaluate.keep import best, kept, scores
 from reshard.evaluate.lease import is_dead, new_owner
 from reshard.evaluate.metrics import Metric, metrics_of
-from reshard.evaluate.store import FINAL, Key, LeaseLost, New, Result, State, Store
+from reshard.evaluate.records import FINAL, Key, New, Result, State
+from reshard.evaluate.store import LeaseLost, Store
 
 READY = [State.READY]
 
@@ -62,7 +63,8 @@ def test_who_lost_a_lease_changes_nothing(store: Store) -> None:
 
 def test_the_lease_of_a_process_that_ended_is_free_at_once(store: Store) -> None:
     code = (
-        "import sys; from pathlib import Path; from reshard.evaluate.store import *\n"
+        "import sys; from pathlib import Path; from reshard.evaluate.store import Store\n"
+        "from reshard.evaluate.records import State\n"
         "from reshard.evaluate.lease import new_owner\n"
         "s = Store(Path(sys.argv[1])); o = new_owner(); s.claim([State.READY], o); print(o, flush=True)\n"
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"

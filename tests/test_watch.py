@@ -32,8 +32,9 @@ from reshard.evaluate.metrics import Metric
 from reshard.evaluate.places import Places
 from reshard.evaluate.protect import hold
 from reshard.evaluate.ready import whole
+from reshard.evaluate.records import Key, New, State
 from reshard.evaluate.scan import is_over
-from reshard.evaluate.store import Key, New, State, Store
+from reshard.evaluate.store import Store
 from reshard.evaluate.watch import Watched, watch
 
 EVALUATE = 'printf "%s\\n" "$1" >> "$2"; printf \'{"t": {"acc": %s}}\' "$1" > "$3.new"; mv "$3.new" "$3"'

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from reshard.cli import output
 
 if TYPE_CHECKING:
-    from reshard.evaluate.store import Job, Result
+    from reshard.evaluate.records import Job, Result
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def _is_of(result: Result, job: Job) -> bool:
 
 def _shown(jobs: Sequence[Job]) -> list[Job]:
     """By step; a save that a later one displaced is left out."""
-    from reshard.evaluate.store import State
+    from reshard.evaluate.records import State
 
     left_out = (State.SUPERSEDED, State.SAME)
     return sorted((job for job in jobs if job.state not in left_out), key=lambda job: (job.step, job.kind, job.id))

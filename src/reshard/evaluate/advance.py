@@ -21,11 +21,13 @@ from reshard.errors import InputError, OutputError, ReshardError
 from reshard.evaluate import model
 from reshard.evaluate.backend import Backend, Phase, Refused, Request, Status, Unavailable
 from reshard.evaluate.config import EvalConfig
+from reshard.evaluate.database import StoreBusy
 from reshard.evaluate.keep import kept
 from reshard.evaluate.places import Places
 from reshard.evaluate.protect import is_intact, release
+from reshard.evaluate.records import FINAL, OPEN, Job, State
 from reshard.evaluate.scan import Scanner, brief, called
-from reshard.evaluate.store import FINAL, OPEN, Job, LeaseLost, State, Store, StoreBusy
+from reshard.evaluate.store import LeaseLost, Store
 from reshard.storage.staging import staging_of
 
 _WORK = (State.READY, State.MERGED, State.SUBMITTING, State.RUNNING)

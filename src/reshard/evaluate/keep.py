@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from reshard.errors import InputError, NotFound, listed
 from reshard.evaluate.config import EvalConfig
-from reshard.evaluate.store import Job, Result, State
+from reshard.evaluate.records import Job, Result, State
 
 Step = tuple[int, str]
 """(step, kind)."""

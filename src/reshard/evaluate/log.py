@@ -24,7 +24,8 @@ from reshard.errors import ReshardError
 from reshard.evaluate.lease import LEASE_S, new_owner
 from reshard.evaluate.loggers import Logger, Point, open_logger
 from reshard.evaluate.metrics import as_text
-from reshard.evaluate.store import LeaseLost, Result, State, Store
+from reshard.evaluate.records import Result, State
+from reshard.evaluate.store import LeaseLost, Store
 
 NAME = "evals.jsonl"
 _CHUNK_POINTS = 500

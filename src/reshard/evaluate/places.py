@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reshard.errors import NotFound
-from reshard.evaluate.store import Job
+from reshard.evaluate.records import Job
 
 _NOTING_S = 60.0
 """Longer than anybody takes to note what is complete."""

@@ -20,7 +20,8 @@ from reshard.evaluate.config import Schedule
 from reshard.evaluate.places import Places
 from reshard.evaluate.protect import hold
 from reshard.evaluate.ready import Look, NoSuchWeights, Whole, stamp_of, stamps, steps, whole
-from reshard.evaluate.store import Job, Key, LeaseLost, New, State, Store
+from reshard.evaluate.records import Job, Key, New, State
+from reshard.evaluate.store import LeaseLost, Store
 
 _NEWEST = 2
 """Checkpoints that are held against their fingerprints at every look; of the others a few at a time."""

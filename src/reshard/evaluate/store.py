@@ -5,278 +5,38 @@
     results    (run, step, kind, task, metric, filter) unique   value, whether it is in evals.jsonl
     cursors    name                                    how far a logger has read, and who holds it
 
-Every change is one transaction. A job is changed by the owner of its lease alone: whoever lost it, because the process
-slept too long, gets LeaseLost and changes nothing. The watcher keeps such a file in the run directory, the server has
-one as its queue.
-
-Several processes of one machine share a file through SQLite's write-ahead log. That log lives in memory that machines
-do not share, so on network file systems the file has a rollback journal and locks instead.
+A job is changed by the owner of its lease alone: whoever lost it, because the process slept too long, gets LeaseLost
+and changes nothing. The watcher keeps such a file in the run directory, the server has one as its queue.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from enum import StrEnum
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import Corrupt, InputError, ReshardError, Unsupported
+from reshard.errors import ReshardError
+from reshard.evaluate.database import Database
 from reshard.evaluate.lease import LEASE_S, is_dead
-from reshard.evaluate.metrics import Metric, metric_name
+from reshard.evaluate.metrics import Metric
+from reshard.evaluate.records import FINAL, Attempt, Job, Key, New, Result, State
 
-_SCHEMA = 1
-_APPLICATION = 0x72736864
-"""`rshd`: says whose file it is."""
-_BUSY_S = 30.0
-_NETWORK = {
-    "nfs",
-    "nfs4",
-    "lustre",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "ceph",
-    "gpfs",
-    "beegfs",
-    "9p",
-    "afs",
-    "wekafs",
-    "glusterfs",
-}
-
-
-class State(StrEnum):
-    """Where a job is."""
-
-    SEEN = "seen"
-    """A checkpoint that is wanted and not whole yet."""
-    READY = "ready"
-    """Whole, and its shards are held."""
-    MERGED = "merged"
-    SUBMITTING = "submitting"
-    """May have been sent: it is looked for before it is sent (again)."""
-    QUEUED = "queued"
-    RUNNING = "running"
-    MEASURED = "measured"
-    """Its results are here, and not in evals.jsonl yet."""
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    TIMED_OUT = "timed_out"
-    LOST = "lost"
-    """The checkpoint was removed before it could be held."""
-    SUPERSEDED = "superseded"
-    """The step was saved again, with other weights, before this was logged."""
-    SAME = "same"
-    """The step was saved again with the weights that it had: the earlier job counts."""
-    REWRITTEN = "rewritten"
-    """The step was saved again with other weights after its results had been logged: they stand."""
-
-
-FINAL = frozenset({
-    State.DONE, State.FAILED, State.CANCELLED, State.TIMED_OUT, State.LOST, State.SUPERSEDED, State.SAME,
-    State.REWRITTEN,
-})  # fmt: skip
-"""States that a job stays in."""
-OPEN = frozenset(State) - FINAL
-
-
-class LeaseLost(ReshardError):
-    """Somebody else holds the job by now; nothing was changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """What one evaluation is of."""
-
-    run: str
-    step: int
-    kind: str = "regular"
-    """`regular` or `ema`."""
-    fingerprint: str = ""
-    """Of the shards; empty while they are not whole. The server has its own id of the job here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One row of `jobs`."""
-
-    id: int
-    run: str
-    step: int
-    kind: str
-    fingerprint: str
-    state: State
-    reason: str
-    """Why it is in this state, for people."""
-    attempts: int
-    """Begun so far; the number of the last one."""
-    failures: int
-    """Attempts that count against the retries."""
-    job_id: str
-    """The backend's, of the last attempt."""
-    output: str
-    """The directory of the last attempt."""
-    source: str
-    """The checkpoint."""
-    held: str
-    """Where its shards are kept from being deleted; empty when they are not."""
-    merged: str
-    """The whole model; empty when there is none (any more)."""
-    digest: str
-    """Of the weights, once merged: the same weights have the same."""
-    files: Mapping[str, Any]
-    """Of the shards: [size, mtime_ns] by path relative to the checkpoint."""
-    payload: Mapping[str, Any]
-    """Whatever else the owner of the queue keeps."""
-    not_before: float
-    """When it may be taken up (again), in seconds since the epoch."""
-    created: float
-    changed: float
-    began: float
-    """When the last attempt was submitted; 0 before."""
-    owner: str
-    expires: float
-
-    @property
-    def key(self) -> Key:
-        return Key(self.run, self.step, self.kind, self.fingerprint)
-
-    @property
-    def is_final(self) -> bool:
-        return self.state in FINAL
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One row of `attempts`."""
-
-    job: int
-    number: int
-    output: str
-    job_id: str
-    state: str
-    """Of a job that is under way: `submitting` or `running`; else how it ended."""
-    reason: str
-    began: float
-    ended: float
-    """0 while it is under way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One row of `results`."""
-
-    run: str
-    step: int
-    kind: str
-    task: str
-    metric: str
-    filter: str
-    value: float
-    fingerprint: str
-    job: int
-    time: float
-    """When it was collected, in seconds since the epoch."""
-    logged: bool
-    """Whether it is in evals.jsonl."""
-
-    @property
-    def name(self) -> str:
-        return metric_name(self.task, self.metric, self.filter)
-
-    @property
-    def key(self) -> tuple[str, int, str, str, str, str]:
-        return self.run, self.step, self.kind, self.task, self.metric, self.filter
-
-
-@dataclass(frozen=True, slots=True)
-class New:
-    """What is known of a job when it is added."""
-
-    key: Key
-    state: State
-    source: str = ""
-    reason: str = ""
-    files: Mapping[str, Any] = field(default_factory=dict)
-    payload: Mapping[str, Any] = field(default_factory=dict)
-
-
-_TABLES = """
-CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    run TEXT NOT NULL, step INTEGER NOT NULL, kind TEXT NOT NULL, fingerprint TEXT NOT NULL,
-    state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
-    attempts INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
-    job_id TEXT NOT NULL DEFAULT '', output TEXT NOT NULL DEFAULT '',
-    source TEXT NOT NULL DEFAULT '', held TEXT NOT NULL DEFAULT '', merged TEXT NOT NULL DEFAULT '',
-    digest TEXT NOT NULL DEFAULT '', files TEXT NOT NULL DEFAULT '{}', payload TEXT NOT NULL DEFAULT '{}',
-    not_before REAL NOT NULL DEFAULT 0, created REAL NOT NULL, changed REAL NOT NULL, began REAL NOT NULL DEFAULT 0,
-    owner TEXT NOT NULL DEFAULT '', expires REAL NOT NULL DEFAULT 0,
-    UNIQUE (run, step, kind, fingerprint)
-);
-CREATE INDEX jobs_by_state ON jobs (state, id);
-CREATE INDEX jobs_by_fingerprint ON jobs (fingerprint);
-CREATE TABLE attempts (
-    job INTEGER NOT NULL REFERENCES jobs (id), number INTEGER NOT NULL, output TEXT NOT NULL,
-    job_id TEXT NOT NULL DEFAULT '', state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
-    began REAL NOT NULL, ended REAL NOT NULL DEFAULT 0,
-    PRIMARY KEY (job, number)
-);
-CREATE TABLE results (
-    run TEXT NOT NULL, step INTEGER NOT NULL, kind TEXT NOT NULL,
-    task TEXT NOT NULL, metric TEXT NOT NULL, filter TEXT NOT NULL,
-    value REAL, fingerprint TEXT NOT NULL, job INTEGER NOT NULL, time REAL NOT NULL, logged INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (run, step, kind, task, metric, filter)
-);
-CREATE INDEX results_not_logged ON results (logged) WHERE logged = 0;
-CREATE TABLE cursors (
-    name TEXT PRIMARY KEY, offset INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT '',
-    owner TEXT NOT NULL DEFAULT '', expires REAL NOT NULL DEFAULT 0
-);
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
 _JOB = ", ".join(f.name for f in fields(Job))
 _ATTEMPT = ", ".join(f.name for f in fields(Attempt))
 _RESULT = ", ".join(f.name for f in fields(Result))
 _CHANGEABLE = {f.name for f in fields(Job)} - {"id", "run", "step", "kind", "created", "changed", "owner", "expires"}
 
 
-class Store:
-    """The file, open. It may be used from any thread; each gets its own connection."""
+class LeaseLost(ReshardError):
+    """Somebody else holds the job by now; nothing was changed."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self._lock = threading.Lock()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._prepare()
-        except sqlite3.DatabaseError as error:
-            self.close()
-            raise _explained(error, path) from error
 
-    def close(self) -> None:
-        with self._lock:
-            for connection in self._connections:
-                connection.close()
-            self._connections.clear()
-        self._local = threading.local()
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class Store(Database):
+    """What is known, in a file that is open. It may be used from any thread."""
 
     # -------------------------------------------------------------------------------------------------------- jobs
 
@@ -580,81 +340,6 @@ class Store:
             found = self._all("SELECT value FROM meta WHERE key = ?", key)
         return str(found[0][0])
 
-    # ----------------------------------------------------------------------------------------------------- the file
-
-    @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of what is done inside, or nothing; one at a time. Inside another it is a part of that."""
-        connection = self._connection()
-        if connection.in_transaction:
-            yield connection
-            return
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
-        except sqlite3.DatabaseError as error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise _explained(error, self.path) from error
-
-    def _all(self, statement: str, *values: Any) -> list[Any]:
-        try:
-            return self._connection().execute(statement, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            raise _explained(error, self.path) from error
-
-    def _connection(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = sqlite3.connect(
-                self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=256
-            )
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            self._local.connection = connection
-            with self._lock:
-                self._connections.append(connection)
-        return connection
-
-    def _prepare(self) -> None:
-        """The tables, made if the file is new."""
-        connection = self._connection()
-        _set_journal(connection, "DELETE" if is_shared(self.path) else "WAL")
-        with self.transaction():
-            application = int(connection.execute("PRAGMA application_id").fetchone()[0])
-            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-            if (application, version) == (0, 0) and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                for statement in _TABLES.split(";\n"):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-                connection.execute(f"PRAGMA user_version = {_SCHEMA}")
-            elif application != _APPLICATION:
-                raise InputError(f"{self.path} is a database of something else", hint="name another directory")
-            elif version != _SCHEMA:
-                raise Unsupported(
-                    f"{self.path} has the schema {version}, this reshard knows {_SCHEMA}",
-                    hint="use the reshard that wrote it, or move it away: results come back from evals.jsonl",
-                )
-
-
-def _set_journal(connection: sqlite3.Connection, mode: str) -> None:
-    """SQLite does not wait when somebody else is about to do the same."""
-    until = time.monotonic() + _BUSY_S
-    while True:
-        try:
-            connection.execute(f"PRAGMA journal_mode = {mode}")
-        except sqlite3.OperationalError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.05)
-        else:
-            return
-
 
 def _job(row: Sequence[Any]) -> Job:
     values = dict(zip((f.name for f in fields(Job)), row, strict=True))
@@ -673,37 +358,4 @@ def _result(row: Sequence[Any]) -> Result:
     return Result(**values | {"value": value, "logged": bool(values["logged"])})
 
 
-def is_shared(path: Path) -> bool:
-    """Whether a path is on a network file system, as far as the mounts tell."""
-    real = os.path.realpath(path)
-    longest, type = "", ""
-    try:
-        mounts = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
-    except OSError:
-        return False
-    for line in mounts:
-        _, at, kind, *_ = (*line.split(" "), "", "", "")
-        at = at.replace("\\040", " ").rstrip("/")
-        if (real == at or real.startswith(at + "/")) and len(at) >= len(longest):
-            longest, type = at, kind
-    return type in _NETWORK or type.startswith("fuse.")
-
-
-def _explained(error: sqlite3.DatabaseError, path: Path) -> ReshardError:
-    name = getattr(error, "sqlite_errorname", "") or ""
-    if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-        return Corrupt(f"{path}: {error}", hint="move it away: results come back from evals.jsonl")
-    if name.startswith("SQLITE_FULL"):
-        return StoreBusy(f"{path}: the disk is full")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR")):
-        return StoreBusy(f"{path}: {error}")
-    return ReshardError(f"{path}: {error}")
-
-
-class StoreBusy(ReshardError):
-    """The file cannot be written right now: the disk is full, or others hold it. Nothing was changed."""
-
-
-__all__ = [
-    "FINAL", "OPEN", "Attempt", "Job", "Key", "LeaseLost", "New", "Result", "State", "Store", "StoreBusy", "is_shared",
-]  # fmt: skip
+__all__ = ["LeaseLost", "Store"]

@@ -15,12 +15,14 @@ from reshard.errors import InputError, ReshardError, listed
 from reshard.evaluate.advance import Advancer
 from reshard.evaluate.backend import Backend, Unavailable, make_backend
 from reshard.evaluate.config import Settings
+from reshard.evaluate.database import StoreBusy
 from reshard.evaluate.lease import RENEW_S, new_owner
 from reshard.evaluate.log import Delivery, Journal
 from reshard.evaluate.loggers import require
 from reshard.evaluate.places import Places, sweep
+from reshard.evaluate.records import OPEN, Job, Key, New, State
 from reshard.evaluate.scan import Scanner, is_over
-from reshard.evaluate.store import OPEN, Job, Key, New, State, Store, StoreBusy
+from reshard.evaluate.store import Store
 
 _ONCE_S = 1.0
 """The longest between two looks when nothing is expected to change."""

@@ -135,7 +135,7 @@ def _named(result: Result) -> Mapping[str, float]:
 def _append(path: Path, results: list[Result], run: str) -> None:
     """A line for every metric, as the watcher writes it; on the disk when this returns."""
     from reshard.evaluate.log import line_of
-    from reshard.evaluate.store import Result as Row
+    from reshard.evaluate.records import Result as Row
 
     rows = [
         Row(run, result.step, result.kind, task, metric, filter, value, "", 0, time.time(), True)

@@ -32,13 +32,14 @@ from starlette.routing import Route
 from reshard.errors import Incomplete, InputError, NotFound, ReshardError
 from reshard.evaluate.backends.catalogue import Catalogue
 from reshard.evaluate.metrics import read_document
+from reshard.evaluate.records import Job, Key, New, State
 from reshard.evaluate.said import last_lines, plain
 from reshard.evaluate.serve import page
 from reshard.evaluate.serve.admission import Admitted, NotAdmitted, admit, existing, harness_of, inside
 from reshard.evaluate.serve.protocol import EVALUATE, LIMIT_NBYTES, MERGE, OURS, Invalid, decoded, job_info, status_of
 from reshard.evaluate.serve.settings import LOOPBACK, QUEUE, ServeSettings
 from reshard.evaluate.serve.worker import Worker, log_of
-from reshard.evaluate.store import Job, Key, New, State, Store
+from reshard.evaluate.store import Store
 
 _OPEN_TO_ALL = ("/health",)
 _LOG_NBYTES = 256 << 10

@@ -11,9 +11,9 @@ from datetime import datetime
 from html import escape
 
 from reshard.evaluate.metrics import metric_name
+from reshard.evaluate.records import Job
 from reshard.evaluate.serve.plot import number, plot
 from reshard.evaluate.serve.protocol import status_of
-from reshard.evaluate.store import Job
 
 _REFRESH_S = 3
 _MOST_JOBS = 60

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from reshard.evaluate.store import Job, State
+from reshard.evaluate.records import Job, State
 
 LIMIT_NBYTES = 1 << 20
 _STATUSES = {

@@ -21,12 +21,14 @@ from reshard.errors import InputError, ReshardError
 from reshard.evaluate import process
 from reshard.evaluate.backend import Phase, Refused, Request, Status
 from reshard.evaluate.backends.program import Program
+from reshard.evaluate.database import StoreBusy
 from reshard.evaluate.lease import RENEW_S, new_owner
 from reshard.evaluate.metrics import NO_FILTER, Metric, as_text
 from reshard.evaluate.ready import NoSuchWeights, whole
+from reshard.evaluate.records import Job, State
 from reshard.evaluate.serve.admission import harness_of
 from reshard.evaluate.serve.settings import ServeSettings, devices_of_slots
-from reshard.evaluate.store import Job, LeaseLost, State, Store, StoreBusy
+from reshard.evaluate.store import LeaseLost, Store
 
 _MOST_ATTEMPTS = 3
 """Of a job whose process is killed by others, or with the machine."""
