@@ -17,7 +17,7 @@ from reshard.dialects.apply import present
 from reshard.dialects.megatron_config import DEFAULTS, GPT, MALFORMED, NULL_MEANS_NONE, same, to_config, to_megatron
 from reshard.dialects.setting import Values
 from reshard.dialects.table import Family, entries, variants
-from reshard.errors import Incomplete, InputError, Mismatch, listed
+from reshard.errors import Incomplete, InputError, Mismatch, Unsupported, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +57,32 @@ def recognise(
 
     A family fits when its table has these names, and when the config made for it says what the settings say. Of
     several that fit the one that the settings name is taken, else the first. Raises Incomplete for settings that lack
-    what no tensor tells, Mismatch when no family fits.
+    what no tensor tells and for tensors that the one family lacks which fits but for them, Unsupported when none fits.
     """
     stated, notices = _completed(settings, tensors, vocab_size)
     # the first of a layer's experts stands for all, of which there may be tens of thousands
     names = {name: tensor for name, tensor in tensors.items() if not _OTHER_EXPERT.search(name)}
     fits: list[tuple[Family, dict[str, Any]]] = []
+    short: list[tuple[Family, dict[str, Any], list[str]]] = []
     against: dict[str, str] = {}
     for family in candidates:
         try:
             config = to_config(stated, family)
-            _check_fit(config, family, stated, names)
+            missing = _missing(config, family, stated, names)
         except InputError as error:
             against[family.name] = str(error)
         else:
-            fits.append((family, config))
-    if not fits:
+            if missing:
+                short.append((family, config, missing))
+            else:
+                fits.append((family, config))
+    if not fits and not short:
         raise _unknown(against, tensors)
+    if not fits:
+        fewest = min(len(missing) for *_, missing in short)
+        nearest = [near for near in short if len(near[2]) == fewest]
+        family, _, missing = max(nearest, key=lambda near: _hints(near[0], near[1], stated, hf_model_id))
+        raise _short(family, missing)
     best = max(fits, key=lambda fit: _hints(fit[0], fit[1], stated, hf_model_id))
     most = _hints(best[0], best[1], stated, hf_model_id)
     likely = [family.name for family, config in fits if _hints(family, config, stated, hf_model_id) == most]
@@ -81,6 +90,12 @@ def recognise(
     if others:
         notices.append(f"taken for a {best[0].name} model; its tensors and settings fit {listed(others)} too")
     return Recognised(*best, tuple(notices))
+
+
+def lacking(settings: Values) -> list[str]:
+    """What no tensor tells of a model and the settings do not say either: without it no config can be made."""
+    optional = {"rotary_base"} if settings.get("position_embedding_type") == "none" else set()
+    return [name for name in _NEEDED if settings.get(name) is None and name not in optional]
 
 
 def _completed(
@@ -91,11 +106,10 @@ def _completed(
     beside = [f"{name} {stated[name]!r:.40}" for name in _NEEDED if name in stated and not _is_positive(stated[name])]
     if beside:
         raise Mismatch(f"the settings say {listed(beside)}: a number above 0 was expected")
-    optional = {"rotary_base"} if stated.get("position_embedding_type") == "none" else set()
-    lacking = [name for name in _NEEDED if name not in stated and name not in optional]
-    if lacking:
+    unsaid = lacking(settings)
+    if unsaid:
         raise Incomplete(
-            f"the checkpoint's settings do not say {listed(lacking)}, and no tensor does",
+            f"the checkpoint's settings do not say {listed(unsaid)}, and no tensor does",
             hint="--hf-model REF names the HuggingFace model that was trained: its config.json says them "
             "(or --model-id, for models that NVIDIA's script has names for)",
         )
@@ -161,7 +175,9 @@ def _complete_mlp(stated: dict[str, Any], tensors: Mapping[str, Tensor]) -> None
     """The sizes of the MLPs, of the experts and how many there are of these, where the settings do not say."""
     experts = 1 + max(_numbers(tensors, ".experts.linear_fc2.weight"), default=-1)
     if experts and stated.setdefault("num_moe_experts", experts) != experts:
-        raise Mismatch(f"the settings say num_moe_experts {stated['num_moe_experts']!r}, the tensors are of {experts}")
+        few = type(stated["num_moe_experts"]) is int and experts < stated["num_moe_experts"]
+        said = f"the settings say num_moe_experts {stated['num_moe_experts']!r}, the tensors are of {experts}"
+        raise (Incomplete if few else Mismatch)(said, hint="is every shard there?" if few else None)
     for name, ending in (("ffn_hidden_size", ".mlp.linear_fc2.weight"), ("moe_ffn_hidden_size", "fc2.weight0")):
         found = next((t for n, t in tensors.items() if n.endswith(ending) and ".layers." in n), None)
         if found is not None and len(found.shape) == 2 and not stated.get(name):
@@ -182,8 +198,11 @@ def _numbers(names: Iterable[str], after: str) -> Iterator[int]:
 _OTHER_EXPERT = re.compile(r"\.experts\.linear_fc[12]\.(?:weight|bias)[1-9]\d*$")
 
 
-def _check_fit(config: Values, family: Family, stated: Values, tensors: Mapping[str, Tensor]) -> None:
-    """Raise Mismatch where a config that was made for a family says else than the checkpoint, or lacks its names."""
+def _missing(config: Values, family: Family, stated: Values, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names that a model of a family has and the checkpoint lacks.
+
+    Raises Mismatch where the config that was made for the family says else than the checkpoint, or lacks its names.
+    """
     try:
         facts = family.facts(config)
     except MALFORMED as error:
@@ -204,9 +223,7 @@ def _check_fit(config: Values, family: Family, stated: Values, tensors: Mapping[
     if unknown:
         raise Mismatch(f"{len(unknown)} tensors are not its: {listed(unknown, 3)}")
     have = {hub for name in tensors for hub in (table.get(name) or others[name]).hub}
-    missing = [name for name, entry in table.items() if not set(entry.hub) <= have]
-    if missing:
-        raise Mismatch(f"{len(missing)} of its tensors are missing: {listed(missing, 3)}")
+    return [name for name, entry in table.items() if not set(entry.hub) <= have]
 
 
 def _canonical(name: str, settings: Values) -> Any:
@@ -250,11 +267,21 @@ def _hints(family: Family, config: Values, stated: Values, hf_model_id: str | No
     )
 
 
+def _short(family: Family, missing: Sequence[str]) -> InputError:
+    """What to say when a family fits but for tensors that are not there."""
+    return Incomplete(
+        f"{len(missing)} tensors of the {family.name} model, which the settings describe, are missing: "
+        f"{listed(missing)}",
+        hint="is every shard there? If it is another model, --hf-model REF names the HuggingFace model that was "
+        "trained",
+    )
+
+
 def _unknown(against: Mapping[str, str], tensors: Mapping[str, Tensor]) -> InputError:
     """What to say when no family fits: the reasons of those that came nearest."""
-    near = [f"{name}: {why}" for name, why in against.items() if "missing" in why or "not its" in why]
+    near = [f"{name}: {why}" for name, why in against.items() if "not its" in why]
     near += [f"{name}: {why}" for name, why in against.items() if why.startswith("the checkpoint says")]
-    return Mismatch(
+    return Unsupported(
         f"no known family has the checkpoint's {len(tensors)} tensors and its settings:\n  " + "\n  ".join(near[:4]),
         hint="--hf-model REF names the HuggingFace model that was trained; `reshard families` lists what is known",
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from reshard.core.checkpoint import Checkpoint, same_bytes
-from reshard.core.tensor import Tensor
+from reshard.core.tensor import Source, Tensor
 from reshard.dialects import apply, megatron, packing
 from reshard.dialects.apply import Named
 from reshard.dialects.megatron import InMemory
@@ -74,9 +74,9 @@ def of_huggingface(source: str, options: Options) -> Model:
     if options.model_id is not None:
         nemo2.filled(megatron_config.to_megatron(config, family, facts)[0], options.model_id)
     _check_copies(checkpoint, tensors, family, facts)
-    named = apply.to_megatron(tensors, family, facts)
+    in_megatron = apply.to_megatron(tensors, family, facts)
     return Model(
-        checkpoint, family, facts, config, tensors, named, None, (*checkpoint.notices, *notices),
+        checkpoint, family, facts, config, tensors, in_megatron, None, (*checkpoint.notices, *notices),
         options.hf_model or source,
     )  # fmt: skip
 
@@ -93,31 +93,61 @@ def of_megatron(source: Path, options: Options) -> Model:
     """A Megatron checkpoint of any format."""
     opened = open_located(locate(source, options.iteration), verify=options.verify)
     opened = replace(opened, checkpoint=opened.checkpoint.located(), settings=_by_id(opened.settings, options))
+    return named(opened, understood(opened, options), options)
+
+
+@dataclass(frozen=True, slots=True)
+class Understood:
+    """The tensors of a Megatron checkpoint under the names of its modules, and the model that they are taken for."""
+
+    tensors: Mapping[str, Tensor]
+    family: Family
+    facts: Facts
+    config: Mapping[str, Any]
+    reference: Reference | None
+    notices: tuple[str, ...]
+    """What is in doubt about it, and what it has nothing of."""
+    head: tuple[str, ...] = ()
+    """What became of the head of a model of tied weights that was saved with one."""
+
+
+Same = Callable[[Tensor, Tensor, Source], bool]
+"""Whether two tensors hold the same."""
+
+
+def understood(opened: MegatronCheckpoint, options: Options, same: Same = same_bytes) -> Understood:
+    """What a Megatron checkpoint is, from headers but for tensors that are there twice, which `same` compares."""
     _check_no_adapter(opened)
     memory = megatron.in_memory(opened.checkpoint.tensors)
-    _check_twins(opened.checkpoint, memory.twins)
+    _check_twins(opened.checkpoint, memory.twins, same)
     reference = _reference(opened, options)
     family, config, notices = _understood(opened, memory.tensors, reference)
     facts = family.facts(config)
-    memory, config, said = _head(opened.checkpoint, memory, config, facts)
+    memory, config, said = _head(opened.checkpoint, memory, config, facts, same)
     if said and not says_tied(config):
         facts = family.facts(config)
     facts, absent = apply.present(memory.tensors, family, facts, on_hub=False)
-    notices += (*said, *(f"the checkpoint has nothing of the model's {part} part" for part in absent))
-    notices += (*opened.settings.notices, *_left_out(opened))
+    notices += tuple(f"the checkpoint has nothing of the model's {part} part" for part in absent)
+    return Understood(memory.tensors, family, facts, config, reference, notices, said)
+
+
+def named(opened: MegatronCheckpoint, found: Understood, options: Options) -> Model:
+    """The model under the names that it goes on with. Raises Incomplete or Mismatch where it is not a whole one."""
+    tensors, family, facts, config, reference = found.tensors, found.family, found.facts, found.config, found.reference
+    notices = (*found.notices, *found.head, *opened.settings.notices, *_left_out(opened))
     if options.to != "hf":
-        _check_shapes(opened.checkpoint, memory.tensors, family, facts, config)
-        facts, rows = _rows_kept(memory.tensors, facts, options)
-        named = apply.canonical(memory.tensors, family, rows)
+        _check_shapes(opened.checkpoint, tensors, family, facts, config)
+        facts, rows = _rows_kept(tensors, facts, options)
+        in_megatron = apply.canonical(tensors, family, rows)
         hub_tensors: Mapping[str, Tensor] = {}
     else:
         config = config if reference else _with_tokens(config, opened)
-        named = {}
-        hub_tensors = apply.to_hub(memory.tensors, family, facts, strict=options.strict)
-        notices += (*_cut_rows(memory.tensors, facts), *_lacking(hub_tensors, family, facts, reference))
+        in_megatron = {}
+        hub_tensors = apply.to_hub(tensors, family, facts, strict=options.strict)
+        notices += (*_cut_rows(tensors, facts), *_lacking(hub_tensors, family, facts, reference))
     checkpoint = replace(opened.checkpoint, assets=_assets(opened, reference))
     return Model(
-        checkpoint, family, facts, config, hub_tensors, named, reference,
+        checkpoint, family, facts, config, hub_tensors, in_megatron, reference,
         (*checkpoint.notices, *notices), options.hf_model or opened.settings.hf_model_id, opened.settings.tokenizer,
     )  # fmt: skip
 
@@ -225,14 +255,14 @@ def _without_buffers(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _head(
-    checkpoint: Checkpoint, memory: InMemory, config: Mapping[str, Any], facts: Facts
+    checkpoint: Checkpoint, memory: InMemory, config: Mapping[str, Any], facts: Facts, same: Same
 ) -> tuple[InMemory, Mapping[str, Any], tuple[str, ...]]:
     """Where a model of tied weights was saved with a head: the head left out when it is the embedding, else untied."""
     head = next((name for name in memory.tensors if _HEAD.fullmatch(name)), None)
     if head is None or "tied" not in facts.tags:
         return memory, config, ()
     embedding = head.replace("output_layer", "embedding.word_embeddings")
-    if embedding in memory.tensors and same_bytes(memory.tensors[head], memory.tensors[embedding], checkpoint.source):
+    if embedding in memory.tensors and same(memory.tensors[head], memory.tensors[embedding], checkpoint.source):
         rest = {name: tensor for name, tensor in memory.tensors.items() if name != head}
         return replace(memory, tensors=rest), config, (f"{head} is the embedding, to which it is tied: left out",)
     said = f"{head} is not the embedding: the model has a head of its own, tie_word_embeddings becomes false"
@@ -242,9 +272,9 @@ def _head(
 _HEAD = re.compile(r"(?:language_model\.)?output_layer\.weight")
 
 
-def _check_twins(checkpoint: Checkpoint, twins: tuple[tuple[str, Tensor, Tensor], ...]) -> None:
+def _check_twins(checkpoint: Checkpoint, twins: tuple[tuple[str, Tensor, Tensor], ...], same: Same) -> None:
     """Raise Corrupt where a tensor that is there under two names holds two values."""
-    unequal = [name for name, one, other in twins if not same_bytes(one, other, checkpoint.source)]
+    unequal = [name for name, one, other in twins if not same(one, other, checkpoint.source)]
     if unequal:
         raise Corrupt(
             f"{checkpoint.origin.path}: {len(unequal)} tensors are there twice, with different values: "
