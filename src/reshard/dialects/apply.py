@@ -56,15 +56,18 @@ def to_hub(megatron: Mapping[str, Tensor], family: Family, facts: Facts, *, stri
             f"{len(missing)} tensors of the {family.name} model are missing: {listed(missing)}",
             hint="is every shard there, and is this the right --hf-model? --not-strict writes what there is",
         )
-    _check_gates(megatron, found)
+    check_gates(megatron, (name for name, entry in found.items() if isinstance(entry.row.fuse, GATED)))
     return _split_all(megatron, found, facts)
 
 
-def _check_gates(megatron: Mapping[str, Tensor], found: Mapping[str, Entry]) -> None:
-    """Raise Corrupt where a release of Megatron-LM kept the rows of one tensor-parallel rank only."""
-    for name, entry in found.items():
+def check_gates(megatron: Mapping[str, Tensor], gated: Iterable[str]) -> None:
+    """Raise Corrupt where a release of Megatron-LM kept the rows of one tensor-parallel rank only.
+
+    `gated` are the names of tensors that hold a gate and an up projection.
+    """
+    for name in gated:
         down = megatron.get(name.replace("linear_fc1", "linear_fc2"))
-        if not isinstance(entry.row.fuse, GATED) or ".linear_fc1.weight" not in name or down is None:
+        if ".linear_fc1.weight" not in name or down is None:
             continue
         rows, columns = megatron[name].shape[0], down.shape[-1]
         if rows != 2 * columns:
@@ -135,7 +138,7 @@ def canonical(megatron: Mapping[str, Tensor], family: Family, facts: Facts) -> d
     Raises as `to_hub` does.
     """
     table = {entry.name: entry for entry in entries(family, facts)}
-    _check_gates(megatron, {name: table[name] for name in megatron if name in table})
+    check_gates(megatron, (name for name in megatron if name in table and isinstance(table[name].row.fuse, GATED)))
     if set(megatron) == set(table):
         return {name: Named(entry, _refitted(entry, megatron[name], facts)) for name, entry in table.items()}
     others = variants(family, facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.core.checkpoint import Checkpoint
-from reshard.errors import Corrupt, Incomplete, InputError, ReshardError
+from reshard.errors import Incomplete, InputError, ReshardError
 from reshard.formats import open_found
 from reshard.formats.detect import MODEL, Found, find, numbered
 from reshard.storage import tar
@@ -20,6 +21,7 @@ from reshard.storage.unpickle import Global, globals_in, is_known
 
 if TYPE_CHECKING:
     from reshard.formats.megatron import MegatronCheckpoint
+    from reshard.ops.inspect_megatron import Judged
 
 _PICKLE_LIMIT_NBYTES = 1 << 30
 _NO_PICKLES = (".safetensors", ".json", ".jinja", ".txt", ".distcp")
@@ -47,15 +49,19 @@ class Inspection:
     num_objects: int
     other_steps: tuple[int, ...]
     """Other checkpoints of the same run."""
-    complete: bool
+    complete: bool | None
+    """As far as headers tell. None for a Megatron model that could be held against no family."""
     problem: str
-    """Why it is not complete."""
+    """Why it is not complete, or why that is not known."""
     notices: tuple[str, ...]
     next_command: str
+    """Empty where none would make something of it."""
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     """(FQN, dtype, shape), when they were asked for."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """What only some formats tell, by what it is about: the mesh of the run that wrote a Megatron model, ..."""
+    hint: str = ""
+    """What to do about the problem."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,41 +87,39 @@ def inspect(source: str | Path, *, step: int | None = None, tensors: bool = Fals
         settings, path = path, axolotl.read(path).output_dir
     try:
         found = find(path, step=step, **choices)
-        opened, facts = _opened(found)
+        opened, judged, facts = _opened(found)
     except Incomplete as error:
         return Inspection(
-            path, "", "", None, None, (), 0, 0, 0, {}, (), 0, (), False, str(error), (), ""
+            path, "", "", None, None, (), 0, 0, 0, {}, (), 0, (), False, str(error), (), "", hint=error.hint or ""
         )  # fmt: skip
-    described = _described(path, found, opened, tensors, settings)
-    if facts.get("family", "").startswith(_NOT_TOLD):
-        described = replace(described, next_command=f"{described.next_command} --hf-model MODEL")
-    return replace(described, facts=facts)
+    described = _described(path, found, opened, judged, tensors)
+    words = ("merge", _word(settings), "OUT") if settings else _next(path, found, judged, step=step, **choices)
+    return replace(described, facts=facts, next_command=command(*words) if words else "")
 
 
-_NOT_TOLD = "not told by the settings"
-
-
-def _opened(found: Found) -> tuple[Checkpoint, Mapping[str, str]]:
-    """The checkpoint, and what its format tells besides."""
+def _opened(found: Found) -> tuple[Checkpoint, Judged | None, Mapping[str, str]]:
+    """The checkpoint, what is known of the model in one of Megatron's, and what its format tells besides."""
     model = found.part(MODEL)
     if model is None or model.format != "megatron":
-        return open_found(found), {}
+        return open_found(found), None, {}
     from reshard.formats import megatron
+    from reshard.ops.inspect_megatron import judge
 
     opened = megatron.open_located(megatron.locate(model.path))
-    notices = tuple(dict.fromkeys((*found.notices, *opened.checkpoint.notices, *opened.settings.notices)))
-    return replace(opened.checkpoint, notices=notices), _facts(opened)
+    judged = judge(opened)
+    said = (*found.notices, *opened.checkpoint.notices, *opened.settings.notices, *judged.notices)
+    return replace(opened.checkpoint, notices=tuple(dict.fromkeys(said))), judged, _facts(opened, judged)
 
 
-def _facts(opened: MegatronCheckpoint) -> dict[str, str]:
+def _facts(opened: MegatronCheckpoint, judged: Judged) -> dict[str, str]:
     settings = opened.settings
     layers = {None: "", True: "one tensor of each kind for all", False: "numbered"}[opened.stacked]
     rows = {
-        "family": _family(opened),
+        "family": judged.family,
         "mesh": str(settings.layout or ""),
         "layers": layers,
         "settings": settings.source or "none in the checkpoint",
-        "made from": settings.hf_model_id or "",
+        "made from": judged.made_from or "",
         "optimizer": "" if opened.optimizer == "none" else opened.optimizer,
         "left out": ", ".join(f"{kind} ({count})" for kind, count in opened.left_out.items()),
         "core": opened.core,
@@ -123,54 +127,66 @@ def _facts(opened: MegatronCheckpoint) -> dict[str, str]:
     return {name: value for name, value in rows.items() if value}
 
 
-def _family(opened: MegatronCheckpoint) -> str:
-    """The model family that the tensors and settings are of, or why none is known, and what its tensors lack."""
-    from reshard.dialects import apply, recognise
-    from reshard.dialects.megatron import in_memory
-    from reshard.families import families
-
-    settings = opened.settings
-    try:
-        tensors = in_memory(opened.checkpoint.tensors).tensors
-        found = recognise.recognise(
-            settings.values, families(), tensors, vocab_size=settings.vocab_size, hf_model_id=settings.hf_model_id
-        )
-        facts, _ = apply.present(tensors, found.family, found.family.facts(found.config), on_hub=False)
-        apply.to_hub(tensors, found.family, facts)
-    except Incomplete:
-        return f"{_NOT_TOLD}: convert takes --hf-model MODEL"
-    except Corrupt as error:
-        return f"damaged: {error}"
-    except InputError as error:
-        return f"not recognised: {error}"
-    return f"{found.family.name} ({', '.join(found.config.get('architectures') or ())})"
-
-
-def _described(path: Path, found: Found, opened: Checkpoint, tensors: bool, settings: Path | None) -> Inspection:
+def _described(path: Path, found: Found, opened: Checkpoint, judged: Judged | None, tensors: bool) -> Inspection:
     origin = opened.origin
     dtypes = Counter(t.dtype.torch for t in opened.tensors.values())
     others = tuple(n for n, p in numbered(path) if n != found.step) if path.is_dir() else ()
+    complete, problem, hint = (True, "", "") if judged is None else (judged.complete, judged.problem, judged.hint)
     return Inspection(
         found.root, origin.format, origin.writer or found.writer, found.step, origin.world_size, origin.placements,
         len(opened), opened.num_parameters, opened.nbytes, dict(dtypes.most_common()),
         tuple(dict.fromkeys(p.role for p in found.parts if p.role != MODEL)), len(opened.objects), others,
-        True, "", opened.notices, _next(path, found) if settings is None else f"reshard merge {settings} OUT",
-        tuple((fqn, t.dtype.torch, t.shape) for fqn, t in opened.tensors.items()) if tensors else (),
+        complete, problem, opened.notices, "",
+        tuple((fqn, t.dtype.torch, t.shape) for fqn, t in opened.tensors.items()) if tensors else (), hint=hint,
     )  # fmt: skip
 
 
-def _next(path: Path, found: Found) -> str:
+def command(*words: str) -> str:
+    """A command line of ours that a shell takes as it is meant, whatever is in the names."""
+    return shlex.join(("reshard", *words))
+
+
+def _next(
+    path: Path, found: Found, judged: Judged | None, *, step: int | None = None, state_dict_dirname: str | None = None
+) -> tuple[str, ...]:
+    """The words of the command that makes something of it; none where none would."""
     if (found.root / "reshard.json").is_file():
-        return f"reshard verify {path}"
-    model = found.part(MODEL)
-    if model is not None and model.format == "megatron":
-        return f"reshard convert {path} OUT --to {'nemo2' if found.writer == 'NeMo 1' else 'hf'}"
+        return "verify", _word(found.root)
+    if judged is not None:
+        return _conversion(path, found, judged, step)
+    chosen: tuple[str, ...] = () if step is None else ("--step", str(step))
+    chosen += () if state_dict_dirname is None else ("--state-dict-dirname", state_dict_dirname)
     if (found.root / "meta.pt").is_file():
-        return f"reshard merge {path} OUT.ckpt"
+        return "merge", _word(path), "OUT.ckpt", *chosen
     if found.root.is_file():
-        return f"reshard merge {path} OUT.safetensors"
+        return "merge", _word(path), "OUT.safetensors", *chosen
     has_config = any((place / "config.json").is_file() for place in found.companions)
-    return f"reshard merge {path} OUT" + ("" if has_config else " --base MODEL")
+    return "merge", _word(path), "OUT", *chosen, *(() if has_config else ("--base", "MODEL"))
+
+
+def _conversion(path: Path, found: Found, judged: Judged, step: int | None) -> tuple[str, ...]:
+    if judged.complete is False or not (judged.complete or judged.needs_model):
+        return ()
+    chosen = () if step is None else ("--iteration", str(step))
+    if not _is_located(path, found, step):
+        path, chosen = found.root, ()
+    model = ("--hf-model", judged.made_from or "MODEL") if judged.needs_model else ()
+    return "convert", _word(path), "OUT", "--to", "nemo2" if found.writer == "NeMo 1" else "hf", *chosen, *model
+
+
+def _is_located(path: Path, found: Found, step: int | None) -> bool:
+    """Whether convert, which looks less far than inspect, finds the same at a path."""
+    from reshard.formats.megatron import locate
+
+    try:
+        return locate(path, step).weights == next(part.path for part in found.parts if part.role == MODEL)
+    except InputError:
+        return False
+
+
+def _word(path: Path) -> str:
+    """A path that no parser takes for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def audit(source: str | Path) -> list[Audit]:
