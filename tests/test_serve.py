@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,12 @@ from reshard.errors import InputError
 from reshard.evaluate.backend import Phase, Refused, Request
 from reshard.evaluate.backends import lmms_eval, lmms_results
 from reshard.evaluate.config import EvalConfig
+from reshard.evaluate.records import Job, Key, New, State
+from reshard.evaluate.serve import page, worker
 from reshard.evaluate.serve.app import make_app
 from reshard.evaluate.serve.plot import plot
 from reshard.evaluate.serve.settings import ServeSettings, devices_of_slots
+from reshard.evaluate.store import Store
 from reshard.integrations.submit import Submitter
 
 RECORDED = [
@@ -76,6 +80,13 @@ class Client:
 
 def asked(path: Path | str, **more: Any) -> dict[str, Any]:
     return {"model": "hf", "tasks": ["t"], "model_args": {"pretrained": str(path)}} | more
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not come"
+        time.sleep(0.01)
 
 
 def shell(script: str) -> tuple[str, ...]:
@@ -400,6 +411,50 @@ def test_a_task_that_the_harness_does_not_know_is_named_before_it_is_queued(
     assert (status, said["detail"]) == (400, "model: lm_eval knows no 'vlm'; did you mean vllm?")
 
 
+def from_the_trainer(checkpoint: Path, kind: str = "regular") -> dict[str, Any]:
+    """What LMMs-Engine's trainer submits after a save, its defaults filled in."""
+    engine = {"model_path": str(checkpoint), "checkpoint_type": kind, "output_path": None}
+    model_args = {"tensor_parallel_size": 1, "disable_log_stats": True, "gpu_memory_utilization": 0.8}
+    return {
+        "model": "vllm", "tasks": ["t"], "model_args": {"model": str(checkpoint), **model_args}, "num_fewshot": 0,
+        "batch_size": 1, "device": "cuda", "log_samples": True, "predict_only": False, "num_gpus": 1,
+        "output_dir": str(checkpoint / "eval"), "lmms_engine_kwargs": engine,
+    }  # fmt: skip
+
+
+def test_what_lmms_engines_trainer_submits_and_reads_is_understood(
+    serve: Serve, sharded: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    checkpoint, _ = sharded
+    client = serve("sleep 0.2;" + SCORES)
+    jobs = []
+    for _ in range(2):  # it saves its last step twice, and submits that twice into one directory
+        status, said = client("POST", "/evaluate", from_the_trainer(checkpoint))
+        assert status == 200, said
+        jobs.append(said["job_id"])
+    for job in jobs:
+        said = client.ended(job)
+        assert said["status"] == "completed", said
+        ((_, files),) = said["result"].items()  # the trainer opens the file itself
+        assert Path(files["results"]).is_relative_to(checkpoint / "eval")
+        results = json.loads(Path(files["results"]).read_text())["results"]
+        assert results == {"t": {"alias": "t", "acc,none": 0.1}}
+
+
+def test_a_checkpoint_that_is_removed_while_it_waits_is_not_made_again(
+    serve: Serve, sharded: tuple[Path, dict[str, torch.Tensor]], whole: Path, tmp_path: Path
+) -> None:
+    checkpoint, _ = sharded
+    client = serve(f"until [ -e {tmp_path}/go ]; do sleep 0.02; done;" + SCORES)
+    first, second = client.evaluate(whole), client("POST", "/evaluate", from_the_trainer(checkpoint))[1]["job_id"]
+    shutil.rmtree(checkpoint)
+    (tmp_path / "go").touch()
+    assert client.ended(first)["status"] == "completed"
+    said = client.ended(second)
+    assert (said["status"], "was removed before it was evaluated" in said["error"]) == ("failed", True)
+    assert not checkpoint.exists()  # its trainer would count it among those that it keeps
+
+
 # -------------------------------------------------------------------------------------------------------- who is let in
 
 
@@ -461,16 +516,31 @@ def test_an_address_that_others_reach_wants_a_token(tmp_path: Path) -> None:
 def test_a_running_job_can_be_cancelled_with_all_that_it_started(serve: Serve, whole: Path, tmp_path: Path) -> None:
     client = serve(f"sleep 100 & echo $! > {tmp_path}/pid; sleep 100")
     job_id = client.evaluate(whole)
-    until = time.monotonic() + 20
-    while not (tmp_path / "pid").is_file():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(tmp_path / "pid")
     assert client("DELETE", f"/jobs/{job_id}")[0] == 200
     said = client.ended(job_id)
     assert (said["status"], said["error"]) == ("cancelled", "it was cancelled while it ran")
     pid = int((tmp_path / "pid").read_text())
     stat = Path(f"/proc/{pid}/stat")
     assert not stat.exists() or stat.read_text().rpartition(") ")[2][0] == "Z"
+
+
+def test_a_cancellation_that_meets_a_job_at_its_very_end_is_kept(
+    serve: Serve, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, write = list[Answer](), worker.write_results
+
+    def cancelled(job: Job, *rest: Any) -> Path:
+        answers.append(client("DELETE", f"/jobs/{job.fingerprint}"))
+        return write(job, *rest)
+
+    monkeypatch.setattr(worker, "write_results", cancelled)
+    client = serve()
+    job_id = client.evaluate(whole)
+    said = client.ended(job_id)
+    assert answers == [(200, {"message": f"Job {job_id} cancelled"})]
+    assert (said["status"], said["error"], said["metrics"]) == ("cancelled", "it was cancelled as it ended", [])
+    assert client("DELETE", f"/jobs/{job_id}")[0] == 400
 
 
 def test_a_job_that_takes_too_long_is_ended(serve: Serve, whole: Path) -> None:
@@ -516,10 +586,7 @@ def test_a_server_that_is_stopped_begins_again_with_what_ran(serve: Serve, whole
     program = [sys.executable, "-c", CHILD, str(tmp_path), json.dumps(shell(script))]
     first, client = started(program)
     job_id = client.evaluate(whole)
-    until = time.monotonic() + 20
-    while not (tmp_path / "began").is_file():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_for(tmp_path / "began")
     first.terminate()
     first.communicate(timeout=30)
     (tmp_path / "go").touch()
@@ -612,6 +679,110 @@ def test_a_thousand_jobs_and_fifty_pollers(whole: Path, tmp_path: Path, capsys: 
     assert p99 < 1.0
 
 
+# ---------------------------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.mark.parametrize("when", ["queued", "begun", "ended"])
+def test_a_queue_that_cannot_be_written_is_waited_for(
+    serve: Serve, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    full = threading.Event()
+    name = {"queued": "add", "begun": "begin_attempt", "ended": "end_attempt"}[when]
+    real = getattr(Store, name)
+
+    def write(store: Store, *arguments: Any, **columns: Any) -> Any:
+        if full.is_set():
+            write_too_much(store)
+        return real(store, *arguments, **columns)
+
+    monkeypatch.setattr(Store, name, write)
+    monkeypatch.setattr(worker, "_IDLE_S", 0.05)
+    client = serve(f"echo x >> {tmp_path}/tally;" + SCORES)
+    full.set()
+    if when == "queued":
+        status, said = client("POST", "/evaluate", asked(whole))
+        assert (status, "the disk is full" in said["detail"]) == (503, True)
+        assert client("GET", "/queue")[1]["queue_size"] == 0
+    else:
+        job_id = client.evaluate(whole)
+        time.sleep(0.5)
+        assert client("GET", f"/jobs/{job_id}")[1]["status"] in ("queued", "running")
+    assert client("GET", "/health")[0] == 200
+    full.clear()
+    assert client.ended(client.evaluate(whole) if when == "queued" else job_id)["status"] == "completed"
+    assert (tmp_path / "tally").read_text() == "x\n"
+
+
+def write_too_much(store: Store) -> None:
+    """Have SQLite find that there is no room, in a transaction that it then ends itself."""
+    with store.transaction() as connection:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        try:
+            connection.execute("INSERT INTO meta VALUES ('much', zeroblob(10000000))")
+        finally:
+            connection.execute("PRAGMA max_page_count = 1000000")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """20 MB that can be filled, inside the root."""
+    path = tmp_path / "root" / "disk"
+    path.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount, and not everywhere")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte free."""
+    with (disk / "ballast").open("ab", buffering=0) as file, suppress(OSError):
+        for nbytes in (1 << 16, 1 << 12):
+            while file.write(bytes(nbytes)) == nbytes:
+                pass
+
+
+def test_a_server_outlives_a_full_disk(
+    small_disk: Path, serve: Serve, sharded: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Queue, outputs and logs are on it: whatever cannot be written, nothing is lost or taken for a success."""
+    checkpoint, _ = sharded
+    script = f"touch {tmp_path}/began; until [ -e {tmp_path}/go ]; do sleep 0.02; done;" + SCORES
+    client = serve(script, state=small_disk / "state", slots=2)
+    first = client.evaluate(checkpoint)
+    wait_for(tmp_path / "began")
+    fill(small_disk)
+    (tmp_path / "go").touch()
+    refused = client("POST", "/evaluate", asked(checkpoint))
+    status, said = client("POST", "/merge", {"checkpoint_path": str(checkpoint)})
+    assert status in (500, 503, 507), said
+    time.sleep(1)
+    assert client("GET", "/health")[0] == 200
+    assert client("GET", f"/jobs/{first}")[1]["status"] != "completed"  # its results did not fit
+    (small_disk / "ballast").unlink()
+    if refused[0] == 200:  # there was room for one more row
+        assert client.ended(refused[1]["job_id"])["status"] in ("completed", "failed")
+    else:
+        assert refused[0] == 503
+    assert client.ended(first)["status"] == "failed"
+    assert client.ended(client.evaluate(checkpoint))["status"] == "completed"
+
+
+def test_a_merge_that_does_not_fit_ends_its_job_with_that_reason(
+    small_disk: Path, serve: Serve, tmp_path: Path
+) -> None:
+    client = serve(state=small_disk / "state")
+    for step, size in ((3, 6 << 20), (4, 1 << 10)):
+        checkpoint = tmp_path / "root" / "run" / f"checkpoint-{step}"
+        write_dcp(checkpoint / "pytorch_model_fsdp_0", {"model.weight": torch.zeros(size)})
+        (checkpoint / "config.json").write_text('{"model_type": "llama"}')
+        said = client.ended(client.evaluate(checkpoint))
+        assert said["status"] == ("failed" if step == 3 else "completed"), said
+        assert (said["error"] is None) or "bytes to write" in said["error"]
+
+
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
@@ -630,6 +801,37 @@ def test_the_page_shows_plots_and_escapes_everything(serve: Serve, tmp_path: Pat
     assert html.count("<circle") == 2
     assert "&lt;b&gt;t/acc" in html
     assert client("GET", "/?part=main")[1] in html
+
+
+def test_the_page_of_very_many_jobs_is_made_from_few(
+    serve: Serve, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve(f"until [ -e {tmp_path}/go ]; do sleep 0.02; done;" + SCORES)
+    payload = {
+        "request": {"tasks": ["t"]}, "source": "", "model": "m", "output_dir": None,
+        "metrics": [{"task": "t", "metric": "acc", "filter": "none", "value": 0.5}],
+    }  # fmt: skip
+    with Store(tmp_path / "root" / "state" / "queue.sqlite") as store, store.transaction():
+        for number in range(2000):
+            store.add(New(Key("run", number, "regular", f"id-{number}"), State.DONE, payload=payload))
+    running = client.evaluate(whole)
+    waiting = [client.evaluate(whole) for _ in range(2 * page.MOST_WAITING)]
+    while client("GET", f"/jobs/{running}")[1]["status"] != "running":
+        time.sleep(0.02)
+    monkeypatch.setattr(Store, "jobs", None)  # which gives all of them
+    html = client("GET", "/")[1]
+    assert html.count("<circle") == page.MOST_MEASURED
+    assert "2000 completed; the plots are of the newest 500" in html
+    shown = re.findall(r'id="job-([^"]+)"', html)
+    assert shown[0] == running
+    assert shown[1 : page.MOST_WAITING + 1] == waiting[: page.MOST_WAITING - 1 : -1]
+    ended = shown[page.MOST_WAITING + 1 :]
+    while link := re.search(r'href="(\?before=[0-9]+)"', html):
+        html = client("GET", f"/{link[1]}")[1]
+        ended += re.findall(r'id="job-([^"]+)"', html)
+    assert ended == [f"id-{number}" for number in reversed(range(2000))]
+    assert client("GET", "/?before=x")[0] == 422
+    (tmp_path / "go").touch()
 
 
 def test_a_plot_leaves_out_what_is_no_number() -> None:

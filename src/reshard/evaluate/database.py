@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -110,16 +110,15 @@ class Database:
             return
         try:
             connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
+            yield connection
             connection.execute("COMMIT")
-        except sqlite3.DatabaseError as error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise _explained(error, self.path) from error
+        except BaseException as error:
+            if connection.in_transaction:  # which a full disk has ended already
+                with suppress(sqlite3.DatabaseError):
+                    connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.DatabaseError):
+                raise _explained(error, self.path) from error
+            raise
 
     def _all(self, statement: str, *values: Any) -> list[Any]:
         try:
@@ -197,7 +196,8 @@ def _explained(error: sqlite3.DatabaseError, path: Path) -> ReshardError:
         return Corrupt(f"{path}: {error}", hint="move it away: results come back from evals.jsonl")
     if name.startswith("SQLITE_FULL"):
         return StoreBusy(f"{path}: the disk is full")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR")):
+    is_away = name.startswith("SQLITE_CANTOPEN") and path.exists()  # its journal: a full disk takes no new file
+    if is_away or name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR")):
         return StoreBusy(f"{path}: {error}")
     return ReshardError(f"{path}: {error}")
 

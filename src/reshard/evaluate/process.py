@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -32,13 +33,16 @@ _LAUNCHERS = re.compile(
 )
 """Variables of whoever launched us as one of several ranks: a child that sees them waits for ranks that never come."""
 _NOTING = """
-printf "%s" "$$" > "$0/pid.new" && mv "$0/pid.new" "$0/pid"
+printf "%s" "$$" 1<> "$0/pid.new" && mv "$0/pid.new" "$0/pid"
 "$@"
 status=$?
-printf "%s" "$status" > "$0/exit.new" && mv "$0/exit.new" "$0/exit"
+printf "%s" "$status" 1<> "$0/exit.new" && mv "$0/exit.new" "$0/exit"
 exit "$status"
 """
 """A shell that runs the command given to it; its own name is the folder."""
+_NOTES = {"pid.new": 20, "exit.new": 3}
+"""Bytes that are written before there is anything to note: the notes go over them, on a disk that is full by then."""
+_LEAST_FREE_NBYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,15 @@ class Seen:
 
     def last_words(self) -> str:
         """The end of what it said."""
-        return last_lines(self.log) or "it said nothing"
+        return last_lines(self.log) or f"it said nothing{_why_not(self.log)}"
 
 
 def start(command: Sequence[str], output: Path, environment: Mapping[str, str] | None = None) -> int:
     """Start a command in a session of its own; gives its process group. Raises OSError."""
     folder = output / ".process"
     folder.mkdir(parents=True)
+    for name, nbytes in _NOTES.items():
+        (folder / name).write_bytes(b" " * nbytes)
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # which waits for those who look, no longer than they do
@@ -115,6 +121,13 @@ def kill(output: Path, patience_s: float = 5.0) -> None:
     while _is_running(output) and time.monotonic() < until:  # one may just have been born
         _signal(output, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _why_not(log: Path) -> str:
+    with suppress(OSError):
+        if shutil.disk_usage(log.parent).free < _LEAST_FREE_NBYTES:
+            return f", and the disk is full that {log} is on"
+    return ""
 
 
 def _is_running(output: Path) -> bool:

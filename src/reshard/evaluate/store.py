@@ -91,6 +91,31 @@ class Store(Database):
         """The jobs of a run whose whole models are there, or are being made."""
         return self._jobs("run = ? AND merged != ''", run)
 
+    def newest(self, limit: int, states: Iterable[State] | None = None, *, before: int | None = None) -> list[Job]:
+        """The newest jobs, or those in some states, of those older than the one with the number `before`."""
+        where, values = ["1"], list[Any]()
+        if states is not None:
+            values += sorted(states)
+            where.append(f"state IN ({', '.join('?' * len(values))})")
+        if before is not None:
+            where.append("id < ?")
+            values.append(before)
+        rows = self._all(
+            f"SELECT {_JOB} FROM jobs WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?", *values, limit
+        )
+        return [_job(row) for row in rows]
+
+    def ids(self, states: Iterable[State]) -> list[str]:
+        """The server's ids of its jobs in some states, oldest first."""
+        chosen = sorted(states)
+        marks = ", ".join("?" * len(chosen))
+        rows = self._all(f"SELECT fingerprint FROM jobs WHERE state IN ({marks}) ORDER BY id", *chosen)
+        return [str(row[0]) for row in rows]
+
+    def counts(self) -> dict[State, int]:
+        """How many jobs there are in each state that has any."""
+        return {State(row[0]): int(row[1]) for row in self._all("SELECT state, count(*) FROM jobs GROUP BY state")}
+
     def count(self, states: Iterable[State], *, before: int | None = None) -> int:
         """How many jobs are in some states; of those that are older than the one with the number `before`."""
         chosen = sorted(states)

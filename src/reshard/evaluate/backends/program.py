@@ -5,6 +5,7 @@ Which program, and what it leaves, is a `Harness`. Its process is a group of its
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 from collections.abc import Sequence
@@ -13,12 +14,14 @@ from typing import Protocol
 
 from reshard.errors import ReshardError
 from reshard.evaluate import process
-from reshard.evaluate.backend import Phase, Refused, Request, Status
+from reshard.evaluate.backend import Phase, Refused, Request, Status, Unavailable
 from reshard.evaluate.backends.catalogue import Catalogue
 from reshard.evaluate.metrics import Metric
 
 _NOT_FOUND = (126, 127)
 """What a shell's exit status is where there is no such program, or none that may be run."""
+_PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What a machine has no more of, and may have again."""
 
 
 class Harness(Protocol):
@@ -50,8 +53,11 @@ class Program:
         words = _chained([*self._before, self._harness.command(request)])
         try:
             return str(process.start(words, request.output, request.environment))
-        except (OSError, ValueError) as error:
-            raise Refused(f"{words[0]}: {getattr(error, 'strerror', None) or error}") from error
+        except OSError as error:
+            said = f"{error.filename or words[0]}: {error.strerror or error}"
+            raise (Unavailable if error.errno in _PASSING else Refused)(said) from error
+        except ValueError as error:
+            raise Refused(f"{words[0]}: {error}") from error
 
     def poll(self, request: Request, job_id: str) -> Status:
         seen = process.look(request.output)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import json
 import math
 import re
 import secrets
+import shutil
 import threading
 import time
 import uuid
@@ -32,15 +34,26 @@ from starlette.routing import Route
 from reshard.errors import Incomplete, InputError, NotFound, ReshardError
 from reshard.evaluate.backends.catalogue import Catalogue
 from reshard.evaluate.metrics import read_document
-from reshard.evaluate.records import Job, Key, New, State
+from reshard.evaluate.records import FINAL, Job, Key, New, State
 from reshard.evaluate.said import last_lines, plain
 from reshard.evaluate.serve import page
 from reshard.evaluate.serve.admission import Admitted, NotAdmitted, admit, existing, harness_of, inside
-from reshard.evaluate.serve.protocol import EVALUATE, LIMIT_NBYTES, MERGE, OURS, Invalid, decoded, job_info, status_of
+from reshard.evaluate.serve.protocol import (
+    EVALUATE,
+    LIMIT_NBYTES,
+    MERGE,
+    OURS,
+    STATUSES,
+    Invalid,
+    decoded,
+    job_info,
+    status_of,
+)
 from reshard.evaluate.serve.settings import LOOPBACK, QUEUE, ServeSettings
 from reshard.evaluate.serve.worker import Worker, log_of
 from reshard.evaluate.store import Store
 
+_UNDER_WAY = frozenset({State.SUBMITTING, State.RUNNING})
 _OPEN_TO_ALL = ("/health",)
 _LOG_NBYTES = 256 << 10
 _ANY = {"model": "hf", "tasks": ["x"], "model_args": {}, "log_samples": True, "predict_only": False, "num_gpus": 1}
@@ -184,8 +197,7 @@ class _Served:
         return _json({"status": "healthy", "timestamp": datetime.now().isoformat(), "queue_size": size})
 
     def queue(self, request: HttpRequest) -> Response:
-        queued = [job.fingerprint for job in self._store.jobs({State.QUEUED})]
-        running = [job.fingerprint for job in self._store.jobs({State.SUBMITTING, State.RUNNING})]
+        queued, running = self._store.ids({State.QUEUED}), self._store.ids(_UNDER_WAY)
         failed = self._store.count({State.FAILED, State.TIMED_OUT})
         return _json({
             "queue_size": len(queued), "running_job": running[0] if running else None, "running_jobs": running,
@@ -222,14 +234,15 @@ class _Served:
         except (FileExistsError, NotADirectoryError) as error:
             raise HTTPException(400, f"output_path: {error.filename} is no directory") from error
         except (ReshardError, OSError) as error:
-            raise HTTPException(500, f"Merge failed: {error}") from error
+            shutil.rmtree(own.parent, ignore_errors=True)
+            raise HTTPException(507 if _is_of_full_disk(error) else 500, f"Merge failed: {error}") from error
         return _json({
             "success": True, "message": "Checkpoint merged successfully", "merged_path": str(merged.output),
             "notices": merged.notices,
         })  # fmt: skip
 
     async def page(self, request: HttpRequest) -> Response:
-        main = await run_in_threadpool(self._main)
+        main = await run_in_threadpool(self._main, _before(request))
         if request.query_params.get("part") == "main":
             return HTMLResponse(main, headers={"Cache-Control": "no-store"})
         nonce = secrets.token_urlsafe(16)
@@ -240,14 +253,20 @@ class _Served:
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(page.page(main, self._settings.backend, nonce), headers=headers)
 
-    def _main(self) -> str:
-        jobs = self._store.jobs()
+    def _main(self, before: int | None) -> str:
+        """From as many jobs as are shown: there may be very many."""
         counts = {"running": 0, "queued": 0, "completed": 0, "failed": 0, "cancelled": 0}
-        for job in jobs:
-            counts[status_of(job)] += 1
-        measured = [job for job in jobs if job.state is State.DONE and job.step >= 0]
-        shown = [page.Shown(job, _end_of(job)) for job in page.newest(jobs)]
-        return page.main_part(counts, measured, shown)
+        for state, number in self._store.counts().items():
+            counts[STATUSES.get(state, "failed")] += number
+        measured = [job for job in self._store.newest(page.MOST_MEASURED, {State.DONE}) if job.step >= 0]
+        jobs = list[Job]()
+        if before is None:
+            jobs += self._store.newest(page.MOST_JOBS, _UNDER_WAY)
+            jobs += self._store.newest(page.MOST_WAITING, {State.QUEUED})
+        ended = self._store.newest(page.MOST_JOBS + 1, FINAL, before=before)
+        earlier = ended[page.MOST_JOBS - 1].id if len(ended) > page.MOST_JOBS else None
+        shown = [page.Shown(job, _end_of(job)) for job in (*jobs, *ended[: page.MOST_JOBS])]
+        return page.main_part(counts, measured, shown, earlier)
 
 
 # -------------------------------------------------------------------------------------------------------- the border
@@ -347,6 +366,22 @@ def _payload(values: Mapping[str, Any], admitted: Admitted, timeout_s: float) ->
         "model": admitted.model, "source": admitted.source, "merged_to": admitted.merged_to,
         "output_dir": values["output_dir"], "timeout": timeout_s, "queued": time.time(),
     }  # fmt: skip
+
+
+def _before(request: HttpRequest) -> int | None:
+    """The number of a job: a page shows those before it."""
+    before = request.query_params.get("before")
+    if before is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", before):
+        raise HTTPException(422, f"before: {before[:40]!r} is no number of a job")
+    return int(before)
+
+
+def _is_of_full_disk(error: BaseException) -> bool:
+    """Whether it is the disk that has to change, not the request."""
+    errors = (error, error.__cause__)
+    return any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in errors)
 
 
 def _end_of(job: Job) -> str:

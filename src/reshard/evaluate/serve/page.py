@@ -16,7 +16,11 @@ from reshard.evaluate.serve.plot import number, plot
 from reshard.evaluate.serve.protocol import status_of
 
 _REFRESH_S = 3
-_MOST_JOBS = 60
+MOST_JOBS = 60
+"""That ended, on one page."""
+MOST_WAITING = 20
+MOST_MEASURED = 500
+"""The newest of those that completed: what the plots are made of."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d232b; --soft: #667; --line: #d5dae1; --back: #fff; --card: #f6f8fa;
   --one: #1f6feb; --two: #c2571a; --good: #1a7f37; --bad: #cf222e; --busy: #9a6700; }
@@ -48,7 +52,9 @@ SCRIPT = f"""
 let opened = new Map();
 async function refresh() {{
   try {{
-    const answer = await fetch("?part=main", {{cache: "no-store"}});
+    const query = new URLSearchParams(location.search);
+    query.set("part", "main");
+    const answer = await fetch("?" + query, {{cache: "no-store"}});
     if (answer.ok) {{
       const main = document.querySelector("main");
       main.querySelectorAll("details").forEach(d => opened.set(d.id, d.open));
@@ -83,20 +89,15 @@ def page(main: str, backend: str, nonce: str) -> str:
 """
 
 
-def main_part(counts: Mapping[str, int], measured: Sequence[Job], jobs: Sequence[Shown]) -> str:
-    """What changes: how many jobs there are, every run's metrics, and the newest jobs."""
+def main_part(
+    counts: Mapping[str, int], measured: Sequence[Job], jobs: Sequence[Shown], earlier: int | None = None
+) -> str:
+    """What changes: how many jobs there are, the runs' metrics, and some jobs. `earlier` begins the next page."""
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no job yet"
-    hidden = sum(counts.values()) - len(jobs)
-    rest = f'<p class="soft">and {hidden} earlier</p>' if hidden > 0 else ""
+    left_out = f"; the plots are of the newest {len(measured)}" if counts["completed"] > MOST_MEASURED else ""
+    rest = "" if earlier is None else f'<p class="soft"><a href="?before={earlier}">earlier</a></p>'
     runs = "".join(_run(run, its) for run, its in _by_run(measured).items())
-    return f'<p class="soft">{said}</p>{runs}<h2>Jobs</h2>{"".join(map(_job, jobs))}{rest}'
-
-
-def newest(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs that are shown: what runs first, then what waits or ended last."""
-    order = {"running": 0, "queued": 1}
-    latest = sorted(jobs, key=lambda job: -job.id)[:_MOST_JOBS]
-    return sorted(latest, key=lambda job: order.get(status_of(job), 1))
+    return f'<p class="soft">{said}{left_out}</p>{runs}<h2>Jobs</h2>{"".join(map(_job, jobs))}{rest}'
 
 
 def _by_run(jobs: Iterable[Job]) -> dict[str, list[Job]]:

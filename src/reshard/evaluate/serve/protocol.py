@@ -19,10 +19,11 @@ from typing import Any
 from reshard.evaluate.records import Job, State
 
 LIMIT_NBYTES = 1 << 20
-_STATUSES = {
+STATUSES = {
     State.QUEUED: "queued", State.SUBMITTING: "running", State.RUNNING: "running", State.DONE: "completed",
     State.CANCELLED: "cancelled",
 }  # fmt: skip
+"""lmms-eval's words; every other state is failed."""
 _LARGEST = 1 << 53
 """Beyond it JSON's integers are not the same for everybody."""
 _NO_DEFAULT = object()
@@ -125,7 +126,7 @@ def _wrong(kind: str, where: list[str], message: str, value: Any) -> dict[str, A
 
 def status_of(job: Job) -> str:
     """One of lmms-eval's five words."""
-    return _STATUSES.get(job.state, "failed")
+    return STATUSES.get(job.state, "failed")
 
 
 def job_info(job: Job, position: int) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from typing import Any
 
 from reshard.errors import InputError, ReshardError
 from reshard.evaluate import process
-from reshard.evaluate.backend import Phase, Refused, Request, Status
+from reshard.evaluate.backend import Phase, Refused, Request, Status, Unavailable
 from reshard.evaluate.backends.program import Program
-from reshard.evaluate.database import StoreBusy
 from reshard.evaluate.lease import RENEW_S, new_owner
 from reshard.evaluate.metrics import NO_FILTER, Metric, as_text
 from reshard.evaluate.ready import NoSuchWeights, whole
@@ -49,6 +48,7 @@ class Worker:
         self._work = threading.Condition()
         self._num_added = 0
         self._stopping = threading.Event()
+        self._adopting, self._is_begun = threading.Lock(), False
         self._orphans = [deque[Job]() for _ in range(settings.slots)]
         self._threads = [
             threading.Thread(target=self._serve, args=(slot,), name=f"slot-{slot}", daemon=True)
@@ -57,10 +57,7 @@ class Worker:
         self._renewing = threading.Thread(target=self._renew, name="leases", daemon=True)
 
     def start(self) -> None:
-        """Take over what a server before us left under way, then begin."""
-        for job in self._store.claim({State.SUBMITTING, State.RUNNING}, self._owner, limit=1 << 30):
-            slot = job.payload.get("slot", 0)
-            self._orphans[slot % len(self._orphans)].append(job)
+        """Begin, with what a server before us left under way."""
         for thread in (*self._threads, self._renewing):
             thread.start()
 
@@ -70,7 +67,8 @@ class Worker:
         self.wake()
         for thread in self._threads:
             thread.join()
-        self._store.release(self._owner)
+        with suppress(ReshardError):  # a full disk: whoever comes next sees that our process ended
+            self._store.release(self._owner)
 
     def wake(self) -> None:
         """There is a new job, or one to be cancelled."""
@@ -95,7 +93,7 @@ class Worker:
 
     def _renew(self) -> None:
         while not self._stopping.wait(RENEW_S):
-            with suppress(StoreBusy):
+            with suppress(ReshardError):
                 self._store.renew(self._owner)
 
     def _serve(self, slot: int) -> None:
@@ -144,9 +142,20 @@ class Worker:
                 self._work.wait(seconds)
 
     def _next(self, slot: int) -> Job | None:
+        self._adopt()
         if self._orphans[slot]:
             return self._orphans[slot].popleft()
         return next(iter(self._store.claim({State.QUEUED}, self._owner)), None)
+
+    def _adopt(self) -> None:
+        """Take over what a server before us left under way, once: each job in its slot."""
+        with self._adopting:
+            if self._is_begun:
+                return
+            for job in self._store.claim({State.SUBMITTING, State.RUNNING}, self._owner, limit=1 << 30):
+                slot = job.payload.get("slot", 0)
+                self._orphans[slot % len(self._orphans)].append(job)
+            self._is_begun = True
 
     # ---------------------------------------------------------------------------------------------------------- a job
 
@@ -170,10 +179,11 @@ class Worker:
 
     def _is_being_saved(self, job: Job) -> bool:
         """Whether other ranks of the trainer still write: rank 0, which asks, does not wait for them."""
-        if not job.payload["source"] or time.time() - job.created > _SAVE_S:
+        source = Path(job.payload["source"])
+        if not job.payload["source"] or time.time() - job.created > _SAVE_S or not source.is_dir():
             return False
         try:
-            whole(Path(job.payload["source"]), job.kind, self._settings.base)
+            whole(source, job.kind, self._settings.base)
         except NoSuchWeights:
             return False
         except InputError:
@@ -220,12 +230,15 @@ class Worker:
 
     def _submit(self, backend: Program, job: Job, slot: int) -> Status:
         request = self._request(job, slot)
+        place = Path(job.payload["source"] or job.payload["model"])
+        if place.is_absolute() and not place.exists():  # else an output below it would be a checkpoint for its trainer
+            return Status(Phase.FAILED, f"{place} was removed before it was evaluated")
         try:
             request.output.mkdir(parents=True)
             if job.payload["source"] and not job.payload["merged_to"]:
                 request.model.parent.mkdir(parents=True)
             return Status(Phase.RUNNING, job_id=backend.submit(request))
-        except (Refused, OSError) as error:
+        except (Refused, Unavailable, OSError) as error:
             return Status(Phase.FAILED, str(error))
 
     def _follow(self, backend: Program, job: Job, slot: int) -> Status:
@@ -259,30 +272,29 @@ class Worker:
         """Write down how it ended, once."""
         if job.payload["source"] and not job.payload["merged_to"]:  # first: of a job that ended nobody looks for it
             shutil.rmtree(self._own_merged(job), ignore_errors=True)
-        payload = self._payload(job)
-        columns: dict[str, Any] = {}
+        done = self._results(job, status) if status.phase is Phase.COMPLETED else {}
+        with self._store.transaction():
+            now = self._store.job(job.id) or job
+            columns, reason = self._ending(now, status, done)
+            changed = self._store.end_attempt(job, columns["state"], reason[:_REASON_CHARS], self._owner, **columns)
+            self._store.let_go(changed, self._owner)
+
+    def _ending(self, job: Job, status: Status, done: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """What is written down, and why. A cancellation that was acknowledged holds, whatever the job did meanwhile."""
+        if job.payload.get("cancel"):
+            is_ours = status.phase is Phase.CANCELLED
+            return {"state": State.CANCELLED}, status.reason if is_ours else "it was cancelled as it ended"
+        columns: dict[str, Any] = {"state": State.FAILED}
         match status.phase:
             case Phase.COMPLETED:
-                columns = {"state": State.DONE, "payload": {**payload, **self._results(job, status)}}
-            case Phase.MISSING if payload.get("cancel"):
-                columns = {"state": State.CANCELLED}
+                columns = {"state": State.DONE, "payload": {**job.payload, **done}}
             case Phase.MISSING if self._stopping.is_set():
                 columns = {"state": State.QUEUED}
             case Phase.MISSING if job.failures + 1 < _MOST_ATTEMPTS:
                 columns = {"state": State.QUEUED, "failures": job.failures + 1}
-            case Phase.CANCELLED:
-                columns = {"state": State.CANCELLED}
             case Phase.UNKNOWN:
                 columns = {"state": State.TIMED_OUT}
-            case _:
-                columns = {"state": State.FAILED}
-        changed = self._store.end_attempt(job, columns["state"], status.reason[:_REASON_CHARS], self._owner, **columns)
-        self._store.let_go(changed, self._owner)
-
-    def _payload(self, job: Job) -> Mapping[str, Any]:
-        """As it is now: a cancellation may have come in between."""
-        now = self._store.job(job.id)
-        return job.payload if now is None else now.payload
+        return columns, status.reason
 
     def _results(self, job: Job, status: Status) -> dict[str, Any]:
         """What is kept of a job that completed: its metrics, and where a client finds the rest."""
@@ -310,8 +322,13 @@ def write_results(job: Job, model: Path, metrics: tuple[Metric, ...]) -> Path:
     }  # fmt: skip
     place = Path(job.output) / "__".join(model.parts[-2:])
     place.mkdir(exist_ok=True)
-    path = place / f"{time.strftime('%Y%m%d_%H%M%S')}_results.json"
-    path.write_text(json.dumps(document, indent=2))
+    path = place / f"{time.strftime('%Y%m%d_%H%M%S', time.localtime(job.began))}_results.json"
+    making = place / f".{path.name}"
+    try:
+        making.write_text(json.dumps(document, indent=2))
+        making.rename(path)
+    finally:
+        making.unlink(missing_ok=True)
     return path
 
 
