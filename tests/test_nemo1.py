@@ -414,6 +414,8 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "silence about the rotary base": ({}, {"rotary_base": 10000}),
     "a rotary base of its own": ({"rotary_base": 12345.0}, {"rotary_base": 12345.0}),
     "part of a head is turned": ({"rotary_percentage": 0.5}, {"rotary_percent": 0.5}),
+    "a norm in capitals": ({"normalization": "RMSNorm"}, {"normalization": "RMSNorm"}),
+    "no window, as NeMo's importer of Starcoder 2 writes it": ({"window_size": [None, 0]}, {"window_size": None}),
     "no groups": ({"num_query_groups": None}, {"num_query_groups": 8}),
     "heads of another size": ({"kv_channels": 16}, {"kv_channels": 16}),
     "silence about tied embeddings": (
@@ -468,6 +470,23 @@ def test_a_field_means_what_nemo_1_takes_it_for(case: str, tmp_path: Path) -> No
 def test_a_field_that_is_not_understood_is_an_error(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=said):
         settings(tmp_path, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"apply_embedding_scaling": True},
+        {"scale_positional_embedding": True, "seq_len_interpolation_factor": 2},
+        {"qk_l2_norm": True},
+        {"mcore_customization_config": {"apply_residual_connection_post_layernorm": True}},
+    ],
+)
+@pytest.mark.parametrize("to", ["nemo2", "hf"])
+def test_what_no_family_computes_is_not_left_out(fields: dict[str, Any], to: str, tmp_path: Path) -> None:
+    *_, last = fields.values()
+    name = list(last if isinstance(last, dict) else fields)[-1]
+    with pytest.raises(Unsupported, match=f"no known family.*\n  (?:mistral|llama): the checkpoint says {name}"):
+        reshard.convert(pack(tmp_path / "m.nemo", members(**fields)), tmp_path / "out", to=to)
 
 
 def test_the_archives_rotary_base_is_that_of_the_converted_model(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 from transformers import AutoModelForCausalLM
 
+import reshard
 import tiny_models
 from checkpoints import left_in, same
 from megatron_ranks import on_ranks
@@ -364,6 +365,15 @@ def test_io_json_alone_is_enough(tmp_path: Path) -> None:
     (source / "context/model.yaml").unlink()
     assert main(["convert", str(source), str(tmp_path / "hf"), "--to", "hf", "-q"]) == 0
     assert differing(TRUTH, tmp_path / "hf") == []
+
+
+def test_embeddings_are_multiplied_by_gemmas_class_alone(models: Callable[[str], Path], tmp_path: Path) -> None:
+    reshard.convert(models("gemma"), tmp_path / "nemo2", to="nemo2")
+    (tmp_path / "nemo2/context/model.yaml").unlink()
+    text = tmp_path / "nemo2/context/io.json"
+    text.write_text(text.read_text().replace('"GemmaModel"', '"GPTModel"'))
+    with pytest.raises(Unsupported, match="gemma: the checkpoint says apply_embedding_scaling False, not True"):
+        reshard.convert(tmp_path / "nemo2", tmp_path / "hf", to="hf")
 
 
 def test_weights_and_context_may_lie_in_one_directory(tmp_path: Path) -> None:

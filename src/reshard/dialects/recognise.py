@@ -37,7 +37,9 @@ _IDENTITY = (
     "rotary_percent", "rope_scaling", "window_size", "window_attn_skip_freq", "query_pre_attn_scalar",
     "attn_logit_softcapping", "final_logit_softcapping", "num_moe_experts", "moe_shared_expert_gate",
     "moe_shared_expert_intermediate_size", "moe_router_score_function", "moe_router_pre_softmax",
-    "moe_router_enable_expert_bias", "num_query_groups",
+    "moe_router_enable_expert_bias", "num_query_groups", "seq_len_interpolation_factor", "moe_router_topk",
+    "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk", "qk_l2_norm",
+    "apply_residual_connection_post_layernorm",
 )  # fmt: skip
 """Settings that a config of the right family says alike."""
 
@@ -168,6 +170,8 @@ def of_nemo(stated: Values) -> Values:
         found["window_size"] = [window[0] - 1, window[1]]
     if "old_context_len" in stated and "scale_factor" in stated:
         found |= {"rope_scaling": True, "rope_scaling_factor": stated["scale_factor"]}
+    if isinstance(stated.get("model_class"), str):
+        found["apply_embedding_scaling"] = "gemma" in str(stated["model_class"]).rpartition(".")[2].lower()
     return found
 
 
@@ -213,6 +217,9 @@ def _missing(config: Values, family: Family, stated: Values, tensors: Mapping[st
         for name in _IDENTITY
         if not same(_canonical(name, ours), _canonical(name, stated))
     ]
+    scaled = stated.get("apply_embedding_scaling")
+    if isinstance(scaled, bool) and scaled != family.name.startswith(_SCALED):
+        unlike.append(f"apply_embedding_scaling {scaled}, not {not scaled}")
     if unlike:
         raise Mismatch(f"the checkpoint says {listed(unlike, 3)}")
     if facts.counts.get("expert"):
@@ -224,6 +231,10 @@ def _missing(config: Values, family: Family, stated: Values, tensors: Mapping[st
         raise Mismatch(f"{len(unknown)} tensors are not its: {listed(unknown, 3)}")
     have = {hub for name in tensors for hub in (table.get(name) or others[name]).hub}
     return [name for name, entry in table.items() if not set(entry.hub) <= have]
+
+
+_SCALED = "gemma"
+"""Families of this name multiply embeddings, by a class of their own: of all settings only NeMo's speak of it."""
 
 
 def _canonical(name: str, settings: Values) -> Any:
@@ -242,6 +253,10 @@ def _canonical(name: str, settings: Values) -> Any:
         case "activation_func", "openai_gelu" | "gelu_pytorch_tanh" | "gelu_tanh":
             return "fast_gelu"
         case "moe_shared_expert_intermediate_size", 0:
+            return None
+        case "seq_len_interpolation_factor", 1:
+            return None
+        case "qk_l2_norm" | "apply_residual_connection_post_layernorm", False:
             return None
         case "add_qkv_bias", _:
             return bool(value or settings.get("add_bias_linear", True))
@@ -277,10 +292,17 @@ def _short(family: Family, missing: Sequence[str]) -> InputError:
     )
 
 
+def _num_unlike(why: str) -> int:
+    """How many settings a sentence names, and counts."""
+    more = re.search(r" and (\d+) more$", why)
+    return why.count(", not ") + (int(more[1]) if more else 0)
+
+
 def _unknown(against: Mapping[str, str], tensors: Mapping[str, Tensor]) -> InputError:
     """What to say when no family fits: the reasons of those that came nearest."""
     near = [f"{name}: {why}" for name, why in against.items() if "not its" in why]
-    near += [f"{name}: {why}" for name, why in against.items() if why.startswith("the checkpoint says")]
+    says = [name for name, why in against.items() if why.startswith("the checkpoint says")]
+    near += [f"{name}: {against[name]}" for name in sorted(says, key=lambda name: _num_unlike(against[name]))]
     return Unsupported(
         f"no known family has the checkpoint's {len(tensors)} tensors and its settings:\n  " + "\n  ".join(near[:4]),
         hint="--hf-model REF names the HuggingFace model that was trained; `reshard families` lists what is known",

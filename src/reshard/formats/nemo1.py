@@ -42,6 +42,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "bias": True,
     "qkv_bias": False,
     "share_embeddings_and_output_weights": True,
+    "apply_embedding_scaling": False,
 }
 """What NeMo 1's code takes for what a YAML leaves out."""
 
@@ -65,7 +66,7 @@ _NORMS = {
     "low_precision_layernorm": ("LayerNorm", False),
     "layernorm1p": ("LayerNorm", True),
 }
-"""(normalization, layernorm_zero_centered_gamma)."""
+"""(normalization, layernorm_zero_centered_gamma); NeMo 1 does not mind capitals."""
 
 _ACTIVATIONS = {
     "gelu": ("gelu", False),
@@ -207,9 +208,10 @@ def _attention(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _norm(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(stated["normalization"], str) or stated["normalization"] not in _NORMS:
+    name = str(stated["normalization"]).lower()
+    if name not in _NORMS:
         raise Unsupported(f"{where}: the normalization {stated['normalization']!r:.60} is not one of {listed(_NORMS)}")
-    kind, is_centered = _NORMS[stated["normalization"]]
+    kind, is_centered = _NORMS[name]
     is_centered = is_centered or stated.get("layernorm_zero_centered_gamma") is True
     return {"normalization": kind, "layernorm_zero_centered_gamma": is_centered}
 
@@ -227,6 +229,8 @@ def _activation(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _window(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
     """NeMo counts a token's own place into its window."""
     window = stated.get("window_size")
+    if isinstance(window, list) and window[:1] == [None]:  # NeMo's importer writes [null, 0] for a model without one
+        return {"window_size": None}
     if not isinstance(window, list) or len(window) != 2 or type(window[0]) is not int:
         return {}
     return {"window_size": [window[0] - 1 if window[0] > 0 else window[0], window[1]]}
