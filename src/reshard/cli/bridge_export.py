@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from reshard.cli import convert
-from reshard.cli.bridge_import import add_script_options, say_meaningless
-from reshard.errors import Unsupported, listed
+from reshard.cli.bridge_import import add_script_options, check_format, say_meaningless
+from reshard.errors import NotFound
 
 READ = ("fsdp_dtensor", "torch_dist", "zarr", "torch")
 """What Megatron calls its formats. Which of them a checkpoint is in is seen on its files."""
@@ -22,8 +23,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from reshard.ops.convert import is_megatron
+
     args.quiet |= args.no_progress
-    if args.ckpt_format is not None and args.ckpt_format not in READ:
-        raise Unsupported(f"no format {args.ckpt_format!r} of Megatron", hint=f"one of {listed(READ)}")
-    say_meaningless(args)
-    return convert.write(args, args.megatron_path, args.hf_path, convert.chosen(args, "hf", args.dtype, args.hf_model))
+    check_format(args, READ)
+    say_meaningless(args, ckpt_format="it is seen on the files")
+    source = Path(args.megatron_path)
+    if not is_megatron(source):
+        what = "no checkpoint of Megatron is there" if source.exists() else "no such file or directory"
+        raise NotFound(
+            f"--megatron-path {source}: {what}",
+            hint="name the run (latest_checkpointed_iteration.txt, iter_0000500/); "
+            "`reshard convert` takes models of other systems, `reshard inspect` says what this is",
+        )
+    fields = convert.chosen(args, "hf", args.dtype, args.hf_model, lenient=True)
+    return convert.write(args, args.megatron_path, args.hf_path, fields)

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from reshard.cli import convert, options, output
-from reshard.errors import Mismatch
+from reshard.errors import InputError, Mismatch, Unsupported, listed
 
 MEANINGLESS = {
     "trust_remote_code": "no code of a model is ever run",
@@ -34,9 +36,18 @@ def add_script_options(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
 
 
-def say_meaningless(args: argparse.Namespace) -> None:
-    """Name the options that were given and have no meaning here."""
-    for name, why in MEANINGLESS.items():
+WRITTEN = ("fsdp_dtensor", "torch_dist")
+
+
+def check_format(args: argparse.Namespace, known: Sequence[str]) -> None:
+    """Raise Unsupported unless --ckpt-format is one of these."""
+    if args.ckpt_format is not None and args.ckpt_format not in known:
+        raise Unsupported(f"--ckpt-format: no format {args.ckpt_format!r} of Megatron", hint=f"one of {listed(known)}")
+
+
+def say_meaningless(args: argparse.Namespace, **more: str) -> None:
+    """Name the options that were given and have no meaning here, and why."""
+    for name, why in (MEANINGLESS | more).items():
         if getattr(args, name, None) and not args.quiet:
             output.say(f"note: --{name.replace('_', '-')} changes nothing: {why}")
     if args.etp < 1:
@@ -52,7 +63,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from reshard.ops.convert import is_megatron
+
     args.quiet |= args.no_progress
+    check_format(args, WRITTEN)
     say_meaningless(args)
-    fields = convert.chosen(args, args.ckpt_format or "fsdp_dtensor", args.dtype, None)
+    if is_megatron(Path(args.hf_model)):
+        raise InputError(
+            f"--hf-model {args.hf_model} is a checkpoint of Megatron",
+            hint="`reshard export` makes a HuggingFace model of it, `reshard convert` another format of Megatron's",
+        )
+    fields = convert.chosen(args, args.ckpt_format or "fsdp_dtensor", args.dtype, None, lenient=True)
     return convert.write(args, args.hf_model, args.megatron_path, fields)

@@ -27,7 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--hf-model", metavar="DIR_OR_HUB_ID", help="names, dtypes, config and tokenizer come from there, never a value"
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="of floating-point tensors (default: the model's)")
-    parser.add_argument("--not-strict", action="store_true", help="write what there is, though tensors are missing")
+    parser.add_argument(
+        "--not-strict", action="store_true", help="--to hf: write what there is, without what is missing"
+    )
     add_mesh(parser)
     add_more(parser)
     add_nemo(parser)
@@ -44,13 +46,13 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
 def add_more(parser: argparse.ArgumentParser) -> None:
     """What both spellings of a conversion have."""
     group = parser.add_argument_group("what is read and written")
-    group.add_argument("--target", default="bridge", metavar="LOADER", help="whose loader fsdp_dtensor is written for: "
-                       "bridge, bridge-main, megatron-lm, qwen3.5-recipe or any")  # fmt: skip
+    group.add_argument("--target", metavar="LOADER", help="whose loader fsdp_dtensor is written for: bridge (default), "
+                       "bridge-main, megatron-lm, qwen3.5-recipe or any")  # fmt: skip
     group.add_argument(
-        "--iteration", type=int, metavar="N", help="of a Megatron run (default: the newest complete one)"
+        "--iteration", type=int, metavar="N", help="of a run that is read (default: the newest complete one)"
     )
     group.add_argument(
-        "--make-vocab-size-divisible-by", type=int, metavar="N", help="pad the vocabulary to a multiple of N*tp"
+        "--make-vocab-size-divisible-by", type=int, metavar="N", help="pad Megatron's vocabulary to a multiple of N*tp"
     )
     group.add_argument("--max-shard-size", metavar="SIZE", help="of the files written, as in 5GB")
     group.add_argument(
@@ -73,13 +75,16 @@ def add_nemo(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-path", metavar="OUT", help=argparse.SUPPRESS)
 
 
-def chosen(args: argparse.Namespace, to: str, dtype: str | None, hf_model: str | None) -> dict[str, Any]:
+def chosen(
+    args: argparse.Namespace, to: str, dtype: str | None, hf_model: str | None, *, lenient: bool = False
+) -> dict[str, Any]:
     """The fields of `ops.convert.Options`."""
     return {
         "to": to, "dtype": dtype, "hf_model": hf_model, "target": args.target, "iteration": args.iteration,
         "tp": args.tp, "pp": args.pp, "cp": args.cp, "ep": args.ep, "strict": not getattr(args, "not_strict", False),
         "vocab_divisor": args.make_vocab_size_divisible_by, "max_shard_size": args.max_shard_size,
         "save_tokenizer": args.save_tokenizer, "verify": args.verify,
+        "lenient": lenient,
         **{name: getattr(args, name, None) for name in ("model_id", "tokenizer_path", "tokenizer_library")},
     }  # fmt: skip
 

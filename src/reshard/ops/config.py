@@ -23,16 +23,18 @@ _HEAD = re.compile(r"(?:^|\.)(?:\w*head|embed_out|proj_out|output_projection|out
 _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
-def reconcile(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Any], list[str]]:
+def reconcile(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, headless: bool = False
+) -> tuple[Mapping[str, Any], list[str]]:
     """The config as it has to be for these tensors, and a sentence for each change.
 
     `tensors` are those that will be written. The very same object comes back when nothing has to change. Raises
-    Mismatch when the model has a head of its own by its config and the tensors lack it.
+    Mismatch when the model has a head of its own by its config and the tensors lack it, unless it is `headless`.
     """
     changes: list[str] = []
     result = _architectures(config, changes)
     result = _dtypes(result, tensors, changes)
-    result = _tied(result, tensors, changes)
+    result = result if headless else _tied(result, tensors, changes)
     result = _vocabulary(result, tensors, changes)
     return (result, changes) if changes else (config, [])
 
@@ -137,11 +139,12 @@ def _vocabulary(config: Mapping[str, Any], tensors: Mapping[str, Tensor], change
     return result if changes else config
 
 
-def check_complete(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def check_complete(config: Mapping[str, Any], checkpoint: Checkpoint, hint: str | None = None) -> None:
     """Hold the tensors against what the config implies, for the families whose shapes are known from it.
 
     Raises Incomplete for parameters that are missing, which a loader would initialise anew, and Mismatch for shapes of
-    another model. The rows of embeddings and head, which training may change, are `reconcile`'s.
+    another model; `hint` says what does about the former. The rows of embeddings and head, which training may change,
+    are `reconcile`'s.
     """
     try:
         shapes = parameter_shapes(config)
@@ -163,7 +166,7 @@ def check_complete(config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     if missing:
         raise Incomplete(
             f"{where}: {len(missing)} parameters that config.json implies are missing: {listed(missing)}",
-            hint="a loader would initialise them anew; --keep-names writes what is there",
+            hint=hint,
         )
 
 

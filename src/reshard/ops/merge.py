@@ -141,15 +141,33 @@ def merge(
     )  # fmt: skip
 
 
-def whole_model(source: Path, options: Options) -> tuple[Found, Checkpoint, Checkpoint]:
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """Ways out that hints name, as a verb spells them."""
+
+    base: str
+    """The option that names a model for its config and tokenizer."""
+    flat: str = ""
+    """What else does for flattened parameters, after a comma."""
+    partial: str = "is every shard there, and does the config belong to them?"
+    """What does where parameters are missing."""
+
+
+_WAYS = Ways("--base", ", --keep-names writes them flat", "--keep-names writes what is there")
+
+
+def whole_model(source: Path, options: Options, ways: Ways = _WAYS) -> tuple[Found, Checkpoint, Checkpoint]:
     """(what was found, all that was read, the model under the hub's names), from headers alone."""
     found = find(source, step=options.step, state_dict_dirname=options.state_dict_dirname)
-    opened = _accompanied(open_found(found, (MODEL,), verify=options.verify), found, options)
-    return found, opened, _as_huggingface(_shaped(_chosen(opened, options), keep_names=False), whole=True).located()
+    opened = _accompanied(open_found(found, (MODEL,), verify=options.verify), found, options, ways)
+    shaped = _shaped(_chosen(opened, options), keep_names=False, ways=ways)
+    return found, opened, _as_huggingface(shaped, whole=True, ways=ways).located()
 
 
 def prepare(source: Path, output: Path, options: Options) -> Prepared:
     """Everything up to the plan, from headers alone."""
+    from reshard.formats import huggingface
+
     roles = {"model": (MODEL,), "optimizer": (OPTIMIZER, MODEL), "all": (MODEL, OPTIMIZER, EMA, EXTRA)}[options.what]
     found = find(source, step=options.step, state_dict_dirname=options.state_dict_dirname)
     opened = open_found(found, roles, verify=options.verify)
@@ -167,7 +185,8 @@ def prepare(source: Path, output: Path, options: Options) -> Prepared:
         checkpoint = replace(checkpoint, tensors={n: cast(t, to) for n, t in checkpoint.tensors.items()})
     if not checkpoint.tensors:
         raise NotFound(f"{found.root}: no tensor is left to write", hint="see `reshard inspect` for the names")
-    if kind == "huggingface" and options.what == "model" and opened.config is None:
+    is_model = options.what == "model" and not huggingface.is_adapter(checkpoint)
+    if kind == "huggingface" and is_model and opened.config is None:
         said = "there is no config.json beside the checkpoint, so the output has none: --base brings it"
         checkpoint = replace(checkpoint, notices=(*checkpoint.notices, said))
     if kind == "huggingface" and options.what != "model":
@@ -236,7 +255,7 @@ def kind_of(output: Path) -> Kind:
 # ------------------------------------------------------------------------------------------------- before the plan
 
 
-def _accompanied(opened: Checkpoint, found: Found, options: Options) -> Checkpoint:
+def _accompanied(opened: Checkpoint, found: Found, options: Options, ways: Ways = _WAYS) -> Checkpoint:
     """With config and files to carry: from beside the checkpoint first, what is lacking then from --base."""
     from reshard.formats import huggingface
     from reshard.storage import hub
@@ -246,12 +265,13 @@ def _accompanied(opened: Checkpoint, found: Found, options: Options) -> Checkpoi
         other, files = huggingface.companions(place)
         config, assets = config if config is not None else other, files | assets
     if options.base is not None:
-        other, files = huggingface.companions(hub.resolve(options.base))
+        hint = f"{ways.base} DIR names a directory with config.json and the tokenizer files"
+        other, files = huggingface.companions(hub.resolve(options.base, hint=hint))
         if any(map(_TOKENIZER.fullmatch, assets)):  # a tokenizer is all of its files, from one place
             files = {name: file for name, file in files.items() if not _TOKENIZER.fullmatch(name)}
         config, assets = config if config is not None else other, files | assets
         if config is None and "adapter_config.json" not in assets:
-            raise NotFound(f"{options.base} has no config.json")
+            raise NotFound(f"{ways.base} {options.base} has no config.json", hint=hint)
     if not options.save_tokenizer:
         assets = {name: tensor for name, tensor in assets.items() if not _TOKENIZER.fullmatch(name)}
     return replace(opened, config=config, assets=assets)
@@ -262,15 +282,9 @@ def _chosen(opened: Checkpoint, options: Options) -> Checkpoint:
     if options.keep_names or options.what != "model":
         checkpoint = names.optimizer_only(opened) if options.what == "optimizer" else opened
         if options.keep_names and options.what == "model":
-            checkpoint = opened.select(_stored_names(opened))
+            checkpoint = opened.select(names.model_fqns(opened))
         return names.unwrapped(_filtered(checkpoint, options).located())
-    return _filtered(names.unwrapped(names.model_only(opened)), options)
-
-
-def _stored_names(opened: Checkpoint) -> list[str]:
-    """The model's tensors by the names that the checkpoint has for them."""
-    model = {id(tensor) for tensor in names.model_only(replace(opened, locate=None)).tensors.values()}
-    return [fqn for fqn, tensor in opened.tensors.items() if id(tensor) in model]
+    return _filtered(names.unwrapped(names.model_only(opened)), options).located()
 
 
 def _filtered(checkpoint: Checkpoint, options: Options) -> Checkpoint:
@@ -284,7 +298,7 @@ def _filtered(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     return checkpoint.select(chosen) if len(chosen) < len(checkpoint) else checkpoint
 
 
-def _shaped(checkpoint: Checkpoint, keep_names: bool) -> Checkpoint:
+def _shaped(checkpoint: Checkpoint, keep_names: bool, ways: Ways = _WAYS) -> Checkpoint:
     """FSDP1's LOCAL_STATE_DICT holds flattened parameters: give them the shapes that the config implies."""
     if checkpoint.origin.format != "rank_files":
         return checkpoint
@@ -299,7 +313,7 @@ def _shaped(checkpoint: Checkpoint, keep_names: bool) -> Checkpoint:
     if checkpoint.config is None:
         raise NotFound(
             f"{checkpoint.origin.path}: FSDP1 local shards hold {len(flat)} flattened parameters and no shapes",
-            hint="--base DIR_OR_HUB_ID names the model whose config.json gives them, --keep-names writes them flat",
+            hint=f"{ways.base} DIR_OR_HUB_ID names the model whose config.json gives them{ways.flat}",
         )
     return rank_files.shaped(checkpoint, parameter_shapes(checkpoint.config))
 
@@ -318,7 +332,7 @@ def _check_optimizer(checkpoint: Checkpoint) -> None:
         )
 
 
-def _as_huggingface(checkpoint: Checkpoint, whole: bool) -> Checkpoint:
+def _as_huggingface(checkpoint: Checkpoint, whole: bool, ways: Ways = _WAYS) -> Checkpoint:
     """Hub names, ties written once, and the config as training left it."""
     from reshard.dialects import torchtitan, transformers
     from reshard.ops.config import check_complete
@@ -336,7 +350,7 @@ def _as_huggingface(checkpoint: Checkpoint, whole: bool) -> Checkpoint:
         return checkpoint
     checkpoint = tie(transformers.to_hub(checkpoint, config), config)
     if whole:
-        check_complete(config, checkpoint)
+        check_complete(config, checkpoint, f"a loader would initialise them anew; {ways.partial}")
     return checkpoint
 
 
@@ -409,9 +423,9 @@ def _check_removable(prepared: Prepared) -> None:
         )
 
 
-def _places(tensor: Tensor) -> set[tuple[str, int]]:
-    """Where in which files a tensor lies."""
-    return {(leaf.extent.path, leaf.extent.offset) for leaf in leaves(tensor)}
+def _places(tensor: Tensor) -> set[tuple[object, ...]]:
+    """Where in which files a tensor lies, and which part of the storage there it is."""
+    return {(leaf.extent.path, leaf.extent.offset, leaf.offset, leaf.shape, leaf.strides) for leaf in leaves(tensor)}
 
 
 def _read_again(output: Path, threads: int | None) -> None:

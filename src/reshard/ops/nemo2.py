@@ -140,13 +140,23 @@ def tokenizer_named(path: str, library: str | None) -> Tokenizer:
     Raises NotFound where nothing of the kind is there.
     """
     place = Path(path).expanduser()
-    if place.is_file() and library != "huggingface":
+    if place.is_file():
+        if library == "huggingface":
+            raise NotFound(
+                f"--tokenizer-path {path} is a file: a HuggingFace tokenizer is a directory of them", hint=_HINT
+            )
         return _sentence_piece(place.name, huggingface.asset(place), LazySource(Files()))
-    _, assets = huggingface.companions(hub.resolve(path))
+    try:
+        _, assets = huggingface.companions(hub.resolve(path, hint=_HINT))
+    except NotFound as error:
+        raise NotFound(f"--tokenizer-path {error}", hint=error.hint) from error
     found = tokenizer_among(assets, LazySource(Files()), library)
     if found is None:
-        raise NotFound(f"--tokenizer-path {path} has no files of a {library or 'known'} tokenizer")
+        raise NotFound(f"--tokenizer-path {path} has no files of a {library or 'known'} tokenizer", hint=_HINT)
     return found
+
+
+_HINT = "--tokenizer-path names a SentencePiece model, a directory with tokenizer.json or tokenizer.model, or a hub id"
 
 
 def tokenizer_among(assets: Mapping[str, Tensor], source: Source, library: str | None = None) -> Tokenizer | None:
@@ -181,9 +191,7 @@ _OF_TOKENIZER = re.compile(
 def _sentence_piece(name: str, data: Tensor, source: Source) -> Tokenizer:
     num_tokens = token_count.of_bytes(_read(data, source))
     if num_tokens is None:
-        raise Unsupported(
-            f"{name} is not a SentencePiece model", hint="--tokenizer-path names one, or a HuggingFace tokenizer"
-        )
+        raise Unsupported(f"{name} is not a SentencePiece model", hint=_HINT)
     arguments = {"model_path": _PIECES, "special_tokens": None, "legacy": False}
     return Tokenizer(Call(Symbol.of(nemo2_context.SENTENCE_PIECE), arguments), {_PIECES: data}, num_tokens)
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from reshard.errors import InputError, NotFound
-from reshard.formats.fsdp_dtensor import target_named
 from reshard.formats.megatron import locate
 from reshard.ops.convert.model import of_huggingface, of_megatron
-from reshard.ops.convert.options import FORMATS, Format, Options, check, check_mesh, format_named
+from reshard.ops.convert.options import FORMATS, Format, Options, check, check_mesh, format_named, unheeded
 from reshard.ops.convert.to_huggingface import to_huggingface
 from reshard.ops.convert.to_megatron import to_megatron
 from reshard.ops.merge import Merged, Prepared, carry_out
@@ -56,12 +55,12 @@ def convert(
 def prepare(source: Path | str, output: Path, options: Options) -> Prepared:
     """Everything up to the plan, from headers alone. Raises InputError for all that headers can reveal."""
     format_named(options.to)
-    target_named(options.target)
     check(options)
     check_mesh(options)
-    where, is_megatron = Path(source), _is_megatron(Path(source))
+    where, from_megatron = Path(source), is_megatron(Path(source))
+    said = unheeded(options, is_megatron=from_megatron)
     try:
-        model = of_megatron(where, options) if is_megatron else of_huggingface(str(source), options)
+        model = of_megatron(where, options) if from_megatron else of_huggingface(str(source), options)
         checkpoint, plan = to_huggingface(model, options) if options.to == "hf" else to_megatron(model, options)
     except InputError as error:
         raise _with_path(error, str(source)) from error
@@ -72,7 +71,7 @@ def prepare(source: Path | str, output: Path, options: Options) -> Prepared:
     }  # fmt: skip
     facts = {"source": source_facts, "options": {}, "output": _WRITTEN_AS[options.to]}
     plan = manifest.with_manifest(replace(plan, facts=facts), __version__)
-    return Prepared(origin.path, model.checkpoint, checkpoint, plan, checkpoint.notices, options.verify)
+    return Prepared(origin.path, model.checkpoint, checkpoint, plan, (*said, *checkpoint.notices), options.verify)
 
 
 def _with_path(error: InputError, source: str) -> InputError:
@@ -82,7 +81,7 @@ def _with_path(error: InputError, source: str) -> InputError:
     return type(error)(f"{source}: {error}", hint=error.hint)
 
 
-def _is_megatron(source: Path) -> bool:
+def is_megatron(source: Path) -> bool:
     """Whether a path holds Megatron's weights; what is damaged there is said when it is opened."""
     if not source.exists():
         return False
@@ -95,4 +94,4 @@ def _is_megatron(source: Path) -> bool:
     return True
 
 
-__all__ = ["FORMATS", "Format", "Options", "convert", "format_named", "prepare"]
+__all__ = ["FORMATS", "Format", "Options", "convert", "format_named", "is_megatron", "prepare"]

@@ -14,7 +14,7 @@ from reshard.core.tensor import Source, Tensor
 from reshard.dialects import apply, megatron, packing
 from reshard.dialects.apply import Named
 from reshard.dialects.megatron import InMemory
-from reshard.dialects.table import Facts, Family, copies, entries
+from reshard.dialects.table import Facts, Family, copies, entries, variants
 from reshard.errors import Corrupt, Incomplete, Mismatch, NotFound, Unsupported, listed
 from reshard.formats import huggingface, nemo1, nemo2_context
 from reshard.formats.megatron import MegatronCheckpoint, Settings, locate, open_located
@@ -24,7 +24,7 @@ from reshard.ops.config import check_complete
 from reshard.ops.convert.options import Options
 from reshard.ops.family import by_config, choose
 from reshard.ops.merge import Options as MergeOptions
-from reshard.ops.merge import whole_model
+from reshard.ops.merge import Ways, whole_model
 from reshard.ops.reference import SCALES, Reference, is_float8, is_packed
 from reshard.ops.tie import says_tied
 from reshard.ops.tokens import special_tokens
@@ -58,7 +58,9 @@ def of_huggingface(source: str, options: Options) -> Model:
     from reshard.dialects import megatron_config
 
     path = Path(source) if Path(source).exists() else _on_hub(source)
-    _, _, checkpoint = whole_model(path, MergeOptions(base=options.hf_model, verify=options.verify))
+    asked = MergeOptions(base=options.hf_model, step=options.iteration, verify=options.verify)
+    found, _, checkpoint = whole_model(path, asked, Ways("--hf-model"))
+    checkpoint = replace(checkpoint, notices=(*_no_run(found.step, path, options), *checkpoint.notices))
     config = checkpoint.config
     if config is None:
         raise NotFound(f"{source} has no config.json", hint="--hf-model DIR_OR_HUB_ID brings it")
@@ -74,11 +76,52 @@ def of_huggingface(source: str, options: Options) -> Model:
     if options.model_id is not None:
         nemo2.filled(megatron_config.to_megatron(config, family, facts)[0], options.model_id)
     _check_copies(checkpoint, tensors, family, facts)
+    notices += _of_other(source, config, family, facts, options)
     in_megatron = apply.to_megatron(tensors, family, facts)
     return Model(
         checkpoint, family, facts, config, tensors, in_megatron, None, (*checkpoint.notices, *notices),
         options.hf_model or source,
     )  # fmt: skip
+
+
+def _no_run(step: object, source: Path, options: Options) -> tuple[str, ...]:
+    """A sentence where an iteration is asked for of what has none. Raises NotFound, unless lenient."""
+    if options.iteration is None or step is not None:
+        return ()
+    if options.lenient:
+        return (f"--iteration {options.iteration} changes nothing: {source} is one model, not a run",)
+    raise NotFound(
+        f"--iteration {options.iteration}: {source} is one model, not a run of which an iteration could be picked",
+        hint="leave --iteration out, or name the run",
+    )
+
+
+def _of_other(
+    source: str, config: Mapping[str, Any], family: Family, facts: Facts, options: Options
+) -> tuple[str, ...]:
+    """A sentence where --hf-model, which is written down as where a model comes from, was trained otherwise.
+
+    Raises Mismatch where it is another model.
+    """
+    from reshard.dialects import megatron_config
+
+    if options.hf_model is None:
+        return ()
+    other = references.read(options.hf_model).config
+    differing = megatron_config.check_config(other, megatron_config.to_megatron(config, family, facts)[0])
+    against = [said for said in differing if not said.startswith(_TRAINED)]
+    if by_config(other) not in (None, family):
+        against.insert(0, f"model_type: HF {other.get('model_type')}, checkpoint {config.get('model_type')}")
+    if against:
+        raise Mismatch(
+            f"{source} is not {options.hf_model}: {'; '.join(against)}",
+            hint="--hf-model names the model that this one was made from; leave it out where config.json is beside it",
+        )
+    return (f"{source}: its own config.json counts: {'; '.join(differing)}",) if differing else ()
+
+
+_TRAINED = ("rotary base", "epsilon", "tied embeddings")
+"""What may become another in training."""
 
 
 def _on_hub(name: str) -> Path:
@@ -91,8 +134,11 @@ def _on_hub(name: str) -> Path:
 
 def of_megatron(source: Path, options: Options) -> Model:
     """A Megatron checkpoint of any format."""
-    opened = open_located(locate(source, options.iteration), verify=options.verify)
-    opened = replace(opened, checkpoint=opened.checkpoint.located(), settings=_by_id(opened.settings, options))
+    located = locate(source, options.iteration)
+    said = _no_run(located.iteration, source, options)
+    opened = open_located(located, verify=options.verify)
+    checkpoint = replace(opened.checkpoint.located(), notices=(*said, *opened.checkpoint.notices))
+    opened = replace(opened, checkpoint=checkpoint, settings=_by_id(opened.settings, options))
     return named(opened, understood(opened, options), options)
 
 
@@ -143,7 +189,9 @@ def named(opened: MegatronCheckpoint, found: Understood, options: Options) -> Mo
     else:
         config = config if reference else _with_tokens(config, opened)
         in_megatron = {}
+        tensors, said = (tensors, ()) if options.strict else _with_names(tensors, family, facts)
         hub_tensors = apply.to_hub(tensors, family, facts, strict=options.strict)
+        notices += said
         notices += (*_cut_rows(tensors, facts), *_lacking(hub_tensors, family, facts, reference))
     checkpoint = replace(opened.checkpoint, assets=_assets(opened, reference))
     return Model(
@@ -320,6 +368,18 @@ def _check_no_adapter(opened: MegatronCheckpoint) -> None:
 
 
 _ADAPTER = re.compile(r"\.(?:adapters?|lora_[abAB])\.")
+
+
+def _with_names(
+    tensors: Mapping[str, Tensor], family: Family, facts: Facts
+) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
+    """The tensors that have a name on the hub, and a sentence about the others, as long as they are the fewer."""
+    known = {entry.name for entry in entries(family, facts)} | variants(family, facts).keys()
+    unknown = [name for name in tensors if name not in known]
+    if not unknown or 2 * len(unknown) >= len(tensors):
+        return tensors, ()
+    kept = {name: tensor for name, tensor in tensors.items() if name in known}
+    return kept, (f"NOT WRITTEN, as a {family.name} model has no such tensors: {len(unknown)}: {listed(unknown)}",)
 
 
 def _lacking(

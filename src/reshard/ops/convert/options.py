@@ -12,7 +12,7 @@ import msgspec
 from reshard.core.dtypes import dtype
 from reshard.errors import Mismatch, Unsupported, listed
 from reshard.formats import huggingface
-from reshard.formats.fsdp_dtensor import TARGETS
+from reshard.formats.fsdp_dtensor import DEFAULT_TARGET, Target, target_named
 from reshard.ops.nemo2 import LIBRARIES
 from reshard.ops.reference import is_float8
 
@@ -29,8 +29,8 @@ class Options:
     """Of floating-point tensors, but for those that a family keeps in float32."""
     hf_model: str | None = None
     """A HuggingFace directory or hub id: names, dtypes, config and tokenizer. None of its values is read."""
-    target: str = next(iter(TARGETS))
-    """Whose loader an fsdp_dtensor directory is for."""
+    target: str | None = None
+    """Whose loader an fsdp_dtensor directory is for; Megatron-Bridge's by default."""
     iteration: int | None = None
     """Of a run to be read; the newest complete one by default."""
     tp: int = 1
@@ -50,16 +50,24 @@ class Options:
     tokenizer_library: str | None = None
     """`sentencepiece` or `huggingface`; by its files where it is not said."""
     verify: bool = False
+    lenient: bool = False
+    """Whether an option that contradicts the rest is only said to change nothing, as in a script for another system."""
 
     def record(self) -> dict[str, Any]:
         """What differs from the defaults, for the manifest."""
         default = Options()
-        return {n: getattr(self, n) for n in self.__slots__ if n == "to" or getattr(self, n) != getattr(default, n)}
+        changed = [n for n in self.__slots__ if n == "to" or getattr(self, n) != getattr(default, n)]
+        return {name: getattr(self, name) for name in changed if name != "lenient"}
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any]) -> Options:
-        """The options that a manifest holds."""
-        return msgspec.convert(record, cls)
+        """The options that a manifest holds, which were judged when it was written."""
+        return msgspec.convert({**record, "lenient": True}, cls)
+
+    @property
+    def loader(self) -> Target:
+        """Whose loader an fsdp_dtensor directory is for. Raises Unsupported for one that is not known."""
+        return target_named(self.target) if self.target is not None else DEFAULT_TARGET
 
     @property
     def max_nbytes(self) -> int | None:
@@ -77,6 +85,7 @@ def format_named(name: str) -> Format:
 
 def check(options: Options) -> None:
     """Raise Unsupported or Mismatch for options that no model can be converted with."""
+    target_named(options.target or DEFAULT_TARGET.name)
     if options.dtype is not None and (dtype(options.dtype).kind != "float" or is_float8(dtype(options.dtype))):
         raise Unsupported(
             f"--dtype {options.dtype}: weights are written in float32, bfloat16, float16 or float64",
@@ -102,3 +111,57 @@ def check_mesh(options: Options) -> None:
     world, ranks = os.environ.get("WORLD_SIZE", "1"), options.tp * options.cp * options.ep
     if world.isdecimal() and int(world) > 1 and ranks > 1 and int(world) % ranks:
         raise Mismatch(f"WORLD_SIZE {world} is not a multiple of tp*cp*ep, {ranks}")
+
+
+def unheeded(options: Options, *, is_megatron: bool) -> tuple[str, ...]:
+    """A sentence about each option that changes nothing, by what is read and written.
+
+    Raises Mismatch, listing all, where such an option contradicts the others, unless `lenient`.
+    """
+    said = _contradictions(options)
+    if said and not options.lenient:
+        raise Mismatch(
+            "; ".join(f"{option}: {why}" for option, why in said), hint="leave out what is not meant, or mend --to"
+        )
+    return tuple(f"{option} changes nothing: {why}" for option, why in (*said, *_needless(options, is_megatron)))
+
+
+def _contradictions(options: Options) -> list[tuple[str, str]]:
+    """(option, why) of those that ask for what cannot be had of the format that is written."""
+    to = f"--to {options.to}"
+    said = []
+    if options.target is not None and options.to != "fsdp_dtensor":
+        said.append((f"--target {options.target}", f"fsdp_dtensor alone is written for a loader, and this is {to}"))
+    if options.vocab_divisor is not None and options.to == "hf":
+        said.append(
+            (f"--make-vocab-size-divisible-by {options.vocab_divisor}", "a HuggingFace model has no rows that only pad")
+        )
+    tokenizer = {"--tokenizer-path": options.tokenizer_path, "--tokenizer-library": options.tokenizer_library}
+    for name, value in tokenizer.items():
+        if value is not None and options.to != "nemo2":
+            said.append(
+                (f"{name} {value}", f"--to nemo2 alone takes another tokenizer than the model's, and this is {to}")
+            )
+        elif value is not None and not options.save_tokenizer:
+            said.append((f"{name} {value}", "--no-save-tokenizer writes none"))
+    return said
+
+
+def _needless(options: Options, is_megatron: bool) -> list[tuple[str, str]]:
+    """(option, why) of those that are granted without them."""
+    said = []
+    axes = {name: size for name in ("tp", "pp", "cp", "ep") if (size := getattr(options, name)) > 1}
+    if options.to == "hf" and axes:
+        said.append((_mesh(axes), "a HuggingFace directory is the same for every mesh"))
+    if options.to == "nemo2":
+        axes = {name: size for name, size in axes.items() if name != "tp" or options.vocab_divisor is None}
+        said += [(_mesh(axes), "NeMo 2 takes its mesh from the trainer")] if axes else []
+    if not options.strict and not is_megatron:
+        said.append(("--not-strict", "a model under HuggingFace's names is read whole or not at all"))
+    if options.model_id is not None and not is_megatron:
+        said.append((f"--model-id {options.model_id}", "config.json says it all, and does not contradict it"))
+    return said
+
+
+def _mesh(axes: Mapping[str, int]) -> str:
+    return " ".join(f"--{name} {size}" for name, size in axes.items())

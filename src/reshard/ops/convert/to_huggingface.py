@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from reshard.dialects import packing
 from reshard.dialects.table import Facts, Family, copies, entries
 from reshard.errors import Incomplete, Mismatch, listed
 from reshard.formats import huggingface
+from reshard.ops import tie
 from reshard.ops.config import check_complete, reconcile
 from reshard.ops.convert.model import Model, hub_names
 from reshard.ops.convert.options import Options
@@ -28,21 +30,48 @@ def to_huggingface(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     for copy in copies(model.family, model.facts):
         if copy.of in tensors and copy.name not in tensors and (copy.always or copy.name in shapes):
             tensors[copy.name] = tensors[copy.of]
+    lacking = [] if options.strict else sorted(hub_names(model.family, model.facts) - tensors.keys())
+    _check_no_holes(model, tensors, lacking)
     tensors = packing.packed(tensors, shapes or packing.usual(tensors, str(model.config.get("model_type"))))
-    notices = list(model.notices)
+    heads = [name for name in lacking if name in tie.HEADS]
+    notices = [*model.notices, *(f"{name} IS NOT WRITTEN: {_NO_HEAD}" for name in heads)]
     if shapes:
         notices += _check_against(model, tensors, options)
     else:
         _check_shapes(model, tensors)
     tensors, said = _in_dtypes(model, tensors, options)
     assets = model.checkpoint.assets if options.save_tokenizer else {}
-    config, changes = reconcile(model.config, tensors)
+    config, changes = reconcile(model.config, tensors, headless=bool(heads))
     notices += [*said, *(f"config.json: {change}" for change in changes)]
     checkpoint = replace(
         model.checkpoint, tensors=tensors, config=config, assets=assets, objects={}, paths={}, locate=None,
         dialect="hf", notices=tuple(notices),
     )  # fmt: skip
     return checkpoint, huggingface.plan(checkpoint, max_shard_nbytes=options.max_nbytes or huggingface.MAX_SHARD_NBYTES)
+
+
+_NO_HEAD = "the checkpoint has none, and loaders fill it with random numbers, so that the model predicts nothing"
+
+
+def _check_no_holes(model: Model, tensors: Mapping[str, Tensor], lacking: Sequence[str]) -> None:
+    """Raise Incomplete where experts are missing of a tensor that holds all of a layer: what is not there has bytes."""
+    shapes = model.reference.shapes if model.reference else {}
+    is_packed = str(model.config.get("model_type")) in packing.TURNED_ON_HUB
+    layers = {f"{at[1]}.{at[3]}" for name in tensors if (at := _EXPERT.fullmatch(name))}
+    missing = [
+        name for name in lacking
+        if (at := _EXPERT.fullmatch(name)) and f"{at[1]}.{at[3]}" in layers
+        and (is_packed or any(f"{at[1]}.{joint}" in shapes for joint in ("gate_up_proj", "up_proj")))
+    ]  # fmt: skip
+    if missing:
+        raise Incomplete(
+            f"{len(missing)} matrices of experts are missing, and the model has all experts of a layer in one tensor, "
+            f"of which no part can be left out: {listed(missing)}",
+            hint="is every shard there? --not-strict leaves out whole tensors only",
+        )
+
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 def _check_shapes(model: Model, tensors: Mapping[str, Tensor]) -> None:

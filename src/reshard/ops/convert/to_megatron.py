@@ -16,7 +16,7 @@ from reshard.dialects.fuse import computes
 from reshard.dialects.table import Facts
 from reshard.errors import Mismatch, Unsupported, listed
 from reshard.formats import fsdp_dtensor, torch_dist
-from reshard.formats.fsdp_dtensor import Target, target_named
+from reshard.formats.fsdp_dtensor import Target
 from reshard.ops import nemo2
 from reshard.ops.convert.model import Model
 from reshard.ops.convert.options import Options
@@ -26,7 +26,7 @@ from reshard.storage.plan import FilePlan, Plan
 def to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     from reshard.dialects import megatron_config, run_config
 
-    target = target_named(options.target)
+    target = options.loader
     layout = megatron.TORCH_DIST
     if options.to == "fsdp_dtensor":
         layout = megatron.Layout(target.prefixes, False, True, target.split_parts, target.mtp)
