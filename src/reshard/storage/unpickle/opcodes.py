@@ -20,11 +20,7 @@ from functools import lru_cache
 from math import log2
 
 from reshard.errors import Unsupported
-
-
-class Refused(Exception):
-    """A pickle asks for something that is not done. It does not say where; who reads the file does."""
-
+from reshard.storage.unpickle.limits import Refused
 
 _STOP, _PROTO, _FRAME, _PUT, _LONG_BINPUT = b".\x80\x95pr"
 _NUM_OPERAND_BYTES = {
