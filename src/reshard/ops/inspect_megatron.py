@@ -117,7 +117,7 @@ def _families_with(names: Iterable[str]) -> list[Family]:
 
 def _templates(family: Family) -> Mapping[str, tuple[str, ...]]:
     """The hub's names by the dialect's, `#` for every number in the latter."""
-    return {_PLACEHOLDER.sub("#", row.name): row.hubs for row in family.rows}
+    return {_NUMBER.sub("#", _PLACEHOLDER.sub("#", row.name)): row.hubs for row in family.rows}
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=weight)\d+$|(?<=bias)\d+$")
