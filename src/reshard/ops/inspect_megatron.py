@@ -21,7 +21,7 @@ from reshard.formats import huggingface
 from reshard.formats.megatron import MegatronCheckpoint
 from reshard.ops.convert.model import named, understood
 from reshard.ops.convert.options import Options
-from reshard.ops.convert.to_huggingface import to_huggingface
+from reshard.ops.convert.to_huggingface import as_huggingface
 from reshard.ops.family import by_config
 
 
@@ -59,7 +59,7 @@ def judge(opened: MegatronCheckpoint) -> Judged:
         return replace(judged, made_from=made_from)
     family = f"{found.family.name} ({', '.join(map(str, found.config.get('architectures') or ()))})"
     try:
-        to_huggingface(named(opened, found, Options()), Options())
+        as_huggingface(named(opened, found, Options()), Options())
     except InputError as error:
         return replace(_refused(family, error), made_from=made_from)
     return Judged(family, True, made_from=made_from, notices=found.notices)

@@ -24,6 +24,12 @@ from reshard.storage.plan import Plan
 
 
 def to_huggingface(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
+    checkpoint = as_huggingface(model, options)
+    return checkpoint, huggingface.plan(checkpoint, max_shard_nbytes=options.max_nbytes or huggingface.MAX_SHARD_NBYTES)
+
+
+def as_huggingface(model: Model, options: Options) -> Checkpoint:
+    """What will be written. Raises Mismatch, Incomplete or Unsupported where that is no whole model."""
     reference = model.reference
     tensors = dict(model.hub)
     shapes = dict(reference.shapes) if reference else {}
@@ -43,7 +49,7 @@ def to_huggingface(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
     assets = model.checkpoint.assets if options.save_tokenizer else {}
     config, changes = reconcile(model.config, tensors, headless=bool(heads))
     notices += [*said, *(f"config.json: {change}" for change in changes)]
-    checkpoint = replace(
+    return replace(
         model.checkpoint, tensors=tensors, config=config, assets=assets, objects={}, paths={}, locate=None,
         dialect="hf", notices=tuple(notices),
     )  # fmt: skip
