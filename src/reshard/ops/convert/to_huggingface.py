@@ -53,7 +53,6 @@ def as_huggingface(model: Model, options: Options) -> Checkpoint:
         model.checkpoint, tensors=tensors, config=config, assets=assets, objects={}, paths={}, locate=None,
         dialect="hf", notices=tuple(notices),
     )  # fmt: skip
-    return checkpoint, huggingface.plan(checkpoint, max_shard_nbytes=options.max_nbytes or huggingface.MAX_SHARD_NBYTES)
 
 
 _NO_HEAD = "the checkpoint has none, and loaders fill it with random numbers, so that the model predicts nothing"
