@@ -75,7 +75,9 @@ DEFAULTS: Values = {
 }
 """What Megatron-Core makes of a setting that nobody states."""
 
-NULL_MEANS_NONE = frozenset({"q_lora_rank", "activation_func_clamp_value"})
+NULL_MEANS_NONE = frozenset(
+    {"q_lora_rank", "activation_func_clamp_value", "attn_logit_softcapping", "final_logit_softcapping"}
+)
 """Settings whose null is a value of its own, not the default."""
 
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
@@ -145,7 +147,7 @@ def bias_settings(config: Values, facts: Facts) -> Values:
     return {"add_bias_linear": everywhere, "add_qkv_bias": "qkv_bias" in facts.tags}
 
 
-def _rope(config: Values, facts: Facts) -> Values:
+def rope_settings(config: Values, facts: Facts) -> Values:
     """The rotary embedding, but for its base and for the part of a head that it turns."""
     rope = config["rope"]
     plain = {"position_embedding_type": "rope", "rope_scaling": False, "rope_scaling_factor": 1.0}
@@ -169,7 +171,7 @@ def _rope(config: Values, facts: Facts) -> Values:
     return plain
 
 
-def _rope_of(settings: Values) -> Values:
+def rope_config(settings: Values) -> Values:
     """`rope_scaling`, which releases 4 and 5 of transformers read."""
     if settings.get("position_embedding_type") == "yarn":
         found: dict[str, Any] = {
@@ -243,7 +245,7 @@ COMMON: tuple[Item, ...] = (
     Setting("rotary_base", "rope_theta", 10000.0),
     Rule("rotary_percent", _part, _part_of),
     ("rotary_interleaved", False),
-    Rule("rope", _rope, _rope_of),
+    Rule("rope", rope_settings, rope_config),
     Setting("init_method_std", "initializer_range", 0.02),
 )
 """What all families have, unless they say otherwise."""
@@ -279,7 +281,7 @@ def to_megatron(config: Config, family: Family, facts: Facts) -> tuple[dict[str,
     without = () if settings.get("num_moe_experts") else ("moe_",)
     said = {n: v for n, v in settings.items() if v is not None or n in NULL_MEANS_NONE}
     stated = {n: v for n, v in said.items() if not n.startswith(without)}
-    return stated, [*_lost(values, items, facts)]
+    return stated, [*_lost(values, items, facts), *_lost_windows(values, stated, family)]
 
 
 _SIZES = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -314,6 +316,17 @@ def _lost(config: Values, items: Iterable[Item], facts: Facts) -> Iterator[str]:
         said = config.get(item.hub) if isinstance(item, Always) else None
         if isinstance(item, Always) and said is not None and said != item.value:
             yield f"Megatron computes as with {item.hub} {item.value!r}, the config says {said!r:.100}"
+
+
+def _lost_windows(config: Values, stated: Values, family: Family) -> Iterator[str]:
+    """Which layers have a window where Megatron's settings cannot say so."""
+    kinds = config.get("layer_types")
+    if not kinds or "sliding_attention" not in kinds:
+        return
+    found = flat(to_config(stated, family)).get("layer_types") or ["sliding_attention"] * len(kinds)
+    if found != list(kinds):
+        first = next(n for n, pair in enumerate(zip(kinds, found, strict=False)) if len({*pair}) > 1)
+        yield f"Megatron computes layer {first} with {found[first]}, layer_types of the config says {kinds[first]}"
 
 
 # ------------------------------------------------------------------------------------------------------ to a config

@@ -83,16 +83,23 @@ _DOWN = "{rest}.experts.{expert}.down_proj.weight"
 def packed(tensors: Mapping[str, Tensor], reference: Mapping[str, Shape]) -> dict[str, Tensor]:
     """Tensors with experts packed wherever the reference's names have them packed, and turned where its are.
 
-    Raises Incomplete when an expert is missing.
+    A tower that transformers saved without the level `vision_model` lacks it again. Raises Incomplete when an expert
+    is missing.
     """
+    tensors = {_spelled(name, reference): tensor for name, tensor in tensors.items()}
     wanted = {name for name in reference if name not in tensors and match.by_name(name, _ANYWHERE)}
     if not wanted:
-        return dict(tensors)
+        return tensors
     result = match.joined(tensors, _ANYWHERE, {}, only=wanted)
     for name in wanted & result.keys():
         if is_turned(_place(name), reference):
             result[name] = result[name].permute(0, 2, 1)
     return result
+
+
+def _spelled(name: str, reference: Collection[str]) -> str:
+    short = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+    return short if name not in reference and short in reference else name
 
 
 def turned(tensors: Mapping[str, Tensor], *, to_hub: bool = True) -> tuple[dict[str, Tensor], list[str]]:

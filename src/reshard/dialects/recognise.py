@@ -82,15 +82,13 @@ def recognise(
         raise _unknown(against, tensors)
     if not fits:
         fewest = min(len(missing) for *_, missing in short)
-        nearest = [near for near in short if len(near[2]) == fewest]
-        family, _, missing = max(nearest, key=lambda near: _hints(near[0], near[1], stated, hf_model_id))
-        raise _short(family, missing)
-    best = max(fits, key=lambda fit: _hints(fit[0], fit[1], stated, hf_model_id))
-    most = _hints(best[0], best[1], stated, hf_model_id)
-    likely = [family.name for family, config in fits if _hints(family, config, stated, hf_model_id) == most]
-    others = [name for name in likely if name != best[0].name]
+        nearest = [(family, config) for family, config, missing in short if len(missing) == fewest]
+        family, *_ = _likeliest(nearest, stated, hf_model_id)[0]
+        raise _short(family, next(missing for other, _, missing in short if other is family))
+    best, *others = _likeliest(fits, stated, hf_model_id)
     if others:
-        notices.append(f"taken for a {best[0].name} model; its tensors and settings fit {listed(others)} too")
+        names_of = listed(family.name for family, _ in others)
+        notices.append(f"taken for a {best[0].name} model; its tensors and settings fit {names_of} too")
     return Recognised(*best, tuple(notices))
 
 
@@ -146,6 +144,9 @@ def _completed(
 
 
 def _is_positive(value: Any) -> bool:
+    """Whether a setting is a number above 0; Gemma 3 has two rotary bases."""
+    if isinstance(value, list | tuple):
+        return len(value) == 2 and not isinstance(value[0], list | tuple) and all(map(_is_positive, value))
     return type(value) in (int, float) and 0 < value < math.inf
 
 
@@ -267,9 +268,27 @@ def _canonical(name: str, settings: Values) -> Any:
     return value
 
 
-def _hints(family: Family, config: Values, stated: Values, hf_model_id: str | None) -> tuple[bool, ...]:
-    """How much speaks for a family, beside the names and values that fit: what made the checkpoint, and proof."""
-    ours, _ = to_megatron(config, family, family.facts(config))
+def _likeliest(
+    fits: Sequence[tuple[Family, dict[str, Any]]], stated: Values, hf_model_id: str | None
+) -> list[tuple[Family, dict[str, Any]]]:
+    """Those of some families that fit, for which most speaks beside the names and values that they have in common."""
+    ours = [to_megatron(config, family, family.facts(config))[0] for family, config in fits]
+    telling = {
+        name
+        for settings in ours
+        for name, value in settings.items()
+        if name != "_target_" and not isinstance(value, Mapping)
+    }
+    scores = [
+        _hints(family, settings, stated, telling, hf_model_id) for (family, _), settings in zip(fits, ours, strict=True)
+    ]
+    return [fit for fit, score in zip(fits, scores, strict=True) if score == max(scores)]
+
+
+def _hints(
+    family: Family, ours: Values, stated: Values, telling: Iterable[str], hf_model_id: str | None
+) -> tuple[int, ...]:
+    """How much speaks for a family: what made the checkpoint, settings that are its own, and proof."""
     source = str(hf_model_id or stated.get("hf_model_id") or stated.get("model_class") or "")
     named = source.rpartition("/")[2].lower().replace("-", "_")
     built = ours.get("_target_") == stated.get("_target_")
@@ -278,6 +297,7 @@ def _hints(family: Family, config: Values, stated: Values, hf_model_id: str | No
         ours.get("transformer_layer_spec") == stated.get("transformer_layer_spec"),
         any(kind.removesuffix("_text") in named for kind in (family.name, *family.model_types)),
         "bit for bit" in family.verified,
+        sum(same(_canonical(name, ours), _canonical(name, stated)) for name in telling),
         built,
     )
 

@@ -66,12 +66,20 @@ _LLAVA_TEXT = (
 _LLAVA = (*_LLAVA_TEXT, *_under_model("multi_modal_projector"), Row("model.image_newline", "image_newline"))
 _QWEN_VL = (Row("model.language_model.{rest}", "model.{rest}"), *_under_model("visual"))
 _OMNI = (*_QWEN_VL, *_under_model("audio_tower"))
-_IN_MODEL = tuple(
-    Row(f"model.{tower}.{{part}}.{{rest}}", f"{tower}.vision_model.{{part}}.{{rest}}")
-    for tower in ("vision_tower", "image_tower", "video_tower")
-) + tuple(
-    Row(f"model.{tower}.vision_model.{{rest}}", f"{tower}.vision_model.{{rest}}", variant=True)
-    for tower in ("vision_tower", "image_tower", "video_tower")
+_IN_MODEL = (
+    tuple(
+        Row(f"model.{tower}.{{part}}.{{rest}}", f"{tower}.vision_model.{{part}}.{{rest}}")
+        for tower in ("vision_tower", "image_tower", "video_tower")
+    )
+    + tuple(
+        Row(f"model.{tower}.vision_model.{{rest}}", f"{tower}.vision_model.{{rest}}", variant=True)
+        for tower in ("vision_tower", "image_tower", "video_tower")
+    )
+    + tuple(
+        # as transformers 5 saves a tower that it did not load
+        Row(f"vision_tower.{part}.{{rest}}", f"vision_tower.vision_model.{part}.{{rest}}", variant=True)
+        for part in ("embeddings", "encoder", "head", "post_layernorm", "pre_layrnorm")
+    )
 )
 _TOWERS = _under_model("vision_tower", "image_tower", "video_tower")
 _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from reshard.dialects.fuse import Fuse, ZeroCentred
@@ -26,6 +27,7 @@ from reshard.families.blocks import (
     attention,
     bias_tags,
     decoder,
+    expert_count,
     experts,
     gated_mlp,
     head_norms,
@@ -130,6 +132,11 @@ def facts(config: Config) -> Facts:
         },
         counts={"expert": num_experts(config), "mtp": num_mtp},
     )
+
+
+def facts_of_experts(config: Config) -> Facts:
+    """The facts of a model that must have experts."""
+    return replace(found := facts(config), counts={**found.counts, **expert_count(config)})
 
 
 def _layers(text: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

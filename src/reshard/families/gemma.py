@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from reshard.dialects.fuse import Transposed
-from reshard.dialects.setting import Always, Nested, Setting
+from reshard.dialects.setting import Always, Nested, Rule, Setting
 from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
 from reshard.families.blocks import (
     DENSE,
@@ -31,7 +31,7 @@ from reshard.families.blocks import (
     required,
     text_config,
 )
-from reshard.families.settings import GEMMA, GEMMA3, provider, tower, window
+from reshard.families.settings import EVERY_OTHER, GEMMA, GEMMA3, provider, tower
 
 _POST_NORMS = (
     Row(f"{A}linear_proj.post_layernorm.weight", f"{L}post_attention_layernorm.weight"),
@@ -97,15 +97,26 @@ _GEMMA1 = (
     Always("hidden_act", "gelu_pytorch_tanh"),
     Always("hidden_activation", "gelu_pytorch_tanh"),
 )
+
+
+def _cap(name: str, default: float) -> Rule:
+    """What a tanh bounds logits by; null is none."""
+    return Rule(
+        name,
+        lambda config, _: {name: config.get(name, default)},
+        lambda settings: {name: settings[name]} if name in settings else {},
+    )
+
+
 _GEMMA2_SETTINGS = (
     provider("gemma.gemma2_provider.Gemma2ModelProvider"),
     *GEMMA,
     ("transformer_layer_spec", "gemma2_layer_spec"),
     Always("hidden_activation", "gelu_pytorch_tanh"),
     Setting("query_pre_attn_scalar", "query_pre_attn_scalar", 256),
-    Setting("attn_logit_softcapping", "attn_logit_softcapping", 50.0),
-    Setting("final_logit_softcapping", "final_logit_softcapping", 30.0),
-    window(4096),
+    _cap("attn_logit_softcapping", 50.0),
+    _cap("final_logit_softcapping", 30.0),
+    EVERY_OTHER,
 )
 
 FAMILIES = (

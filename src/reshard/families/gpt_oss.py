@@ -22,7 +22,7 @@ from reshard.families.blocks import (
     moe_norm,
     text_config,
 )
-from reshard.families.settings import ALTERNATING, biases, epsilon, moe, rotary
+from reshard.families.settings import ALTERNATING, PLAIN_ROPE, biases, epsilon, moe, rotary
 
 _EXPERTS = f"{L}mlp.experts."
 
@@ -65,6 +65,7 @@ FAMILIES = (
             biases(qkv="attention_bias"),
             ("add_bias_linear", True),
             ALTERNATING,
+            PLAIN_ROPE,
         ),
         verified="Megatron-Bridge import, bit for bit",
     ),

@@ -5,6 +5,7 @@ Checked: the config of OLMoE-1B-7B.
 
 from __future__ import annotations
 
+from reshard.dialects.setting import Always
 from reshard.dialects.table import Config, Facts, Family
 from reshard.families.blocks import (
     MODEL,
@@ -43,6 +44,7 @@ FAMILIES = (
             ("moe_router_load_balancing_type", "seq_aux_loss"),
             epsilon("rms_norm_eps", 1e-5),
             biases(qkv="attention_bias"),
+            Always("clip_qkv", None),
         ),
         verified="the names of Megatron-Bridge and transformers",
     ),

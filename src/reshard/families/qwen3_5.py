@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from reshard.dialects.fuse import Rows
 from reshard.dialects.setting import Nested
-from reshard.dialects.table import Config, Copy, Facts, Family, under
+from reshard.dialects.table import Copy, Family, under
 from reshard.families import vision
 from reshard.families.blocks import TIED_HEAD
-from reshard.families.gated_delta_net import facts, in_proj, model, unfused
+from reshard.families.gated_delta_net import facts, facts_of_experts, in_proj, model, unfused
 from reshard.families.settings import (
     DELTA_NET,
     GATED_SHARED,
@@ -37,19 +37,15 @@ _EXPERTS = (*moe("num_experts"), *GATED_SHARED, NO_DENSE, ("moe_router_load_bala
 _TOKENS = qwen_tokens(248053, 248054, 248056, 248057)
 
 
-def _with_vision(config: Config) -> Facts:
-    return vision.with_tower(facts(config), config)
-
-
 def _family(name: str, architecture: str, mlp: str) -> tuple[Family, Family]:
-    rows = _MOE if mlp == "moe" else _DENSE
+    rows, read = (_MOE, facts_of_experts) if mlp == "moe" else (_DENSE, facts)
     settings = (*_SETTINGS, *_EXPERTS) if mlp == "moe" else _SETTINGS
     text = Family(
         f"{name}_text",
         (f"{name}_text",),
         (f"{architecture}ForCausalLM",),
         rows,
-        facts,
+        read,
         copies=TIED_HEAD,
         stacked=False,
         settings=settings,
@@ -61,7 +57,7 @@ def _family(name: str, architecture: str, mlp: str) -> tuple[Family, Family]:
         model_types=(name,),
         architectures=(f"{architecture}ForConditionalGeneration",),
         rows=(*under(rows, "language_model.", {"model.": "model.language_model."}), *vision.VISION),
-        facts=_with_vision,
+        facts=lambda config: vision.with_tower(read(config), config),
         copies=(Copy("lm_head.weight", "model.language_model.embed_tokens.weight", on=("tied",)),),
         settings=(
             *settings,

@@ -9,7 +9,7 @@ from reshard.dialects.fuse import Interleaved
 from reshard.dialects.setting import Setting
 from reshard.dialects.table import Family
 from reshard.families.blocks import TIED_HEAD
-from reshard.families.gated_delta_net import facts, in_proj, model, unfused
+from reshard.families.gated_delta_net import facts_of_experts, in_proj, model, unfused
 from reshard.families.settings import DELTA_NET, GATED_SHARED, NORMED, SOME_DENSE, moe, mtp_count, rotary
 
 _HUB = ("in_proj_qkvz", "in_proj_ba")
@@ -23,7 +23,7 @@ FAMILIES = (
         ("qwen3_next",),
         ("Qwen3NextForCausalLM",),
         model((in_proj(_HUB, _BY_KEY_HEAD), *unfused(*_HUB)), "moe"),
-        facts,
+        facts_of_experts,
         copies=TIED_HEAD,
         stacked=False,
         settings=(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reshard.dialects.megatron_config import bias_settings
+from reshard.dialects.megatron_config import bias_settings, rope_config, rope_settings
 from reshard.dialects.setting import Always, Item, Rule, Setting, Values
 from reshard.dialects.table import Facts
 from reshard.errors import Unsupported
@@ -101,12 +101,35 @@ def _alternating_config(settings: Values) -> Values:
     return {"sliding_window": _window_size(settings), "layer_types": kinds}
 
 
-ALTERNATING = Rule(
-    "window",
-    lambda config, _: {"window_size": [config.get("sliding_window", 128) - 1, 0], "window_attn_skip_freq": 2},
-    _alternating_config,
+def _alternating(config: Values, facts: Facts) -> Values:
+    kinds = _listed_kinds(config, (["sliding_attention", "full_attention"] * len(facts.layers))[: len(facts.layers)])
+    skipped = 2 if kinds is None else [int(kind == "sliding_attention") for kind in kinds]
+    return {"window_size": [config.get("sliding_window", 128) - 1, 0], "window_attn_skip_freq": skipped}
+
+
+def _listed_kinds(config: Values, usual: list[str]) -> list[str] | None:
+    """What the layers attend to, where that is not the usual order."""
+    kinds = config.get("layer_types")
+    return None if kinds is None or list(kinds) == usual else list(kinds)
+
+
+ALTERNATING = Rule("window", _alternating, _alternating_config)
+"""Every other layer has a window, the first one too, unless `layer_types` says otherwise."""
+
+
+def _every_other(settings: Values) -> Values:
+    count, size = settings["num_layers"], _window_size(settings)
+    kinds = ["sliding_attention", "full_attention"] * count
+    return {"sliding_window": size} | ({} if size is None else {"layer_types": kinds[:count]})
+
+
+EVERY_OTHER = Rule("window", window(4096).settings, _every_other)
+"""The same where the class that is built knows which layers have a window: Megatron has no setting for it."""
+
+PLAIN_ROPE = Rule(
+    "rope", rope_settings, lambda settings: rope_config(settings) or {"rope_scaling": {"rope_type": "default"}}
 )
-"""Every other layer has a window, the first one too."""
+"""The rotary embedding of a family whose configs mean a scaling when they mention none."""
 
 
 def _unturned(config: Values, facts: Facts) -> Values:
@@ -465,15 +488,27 @@ def _scale_config(settings: Values) -> Values:
 
 
 def _local_window(settings: Values) -> Values:
-    size = settings["window_size"]
-    return {"sliding_window": size if isinstance(size, int) else size[0] + 1}
+    size, (local, whole) = settings["window_size"], settings.get("interleaved_attn_pattern") or _FIVE_TO_ONE
+    period = ["sliding_attention"] * local + ["full_attention"] * whole
+    kinds = (period * settings["num_layers"])[: settings["num_layers"]]
+    return {"sliding_window": size if isinstance(size, int) else size[0] + 1, "layer_types": kinds}
+
+
+_FIVE_TO_ONE = (5, 1)
+
+
+def _pattern(config: Values, facts: Facts) -> Values:
+    """How many layers with a window there are before each without one: Megatron-Bridge repeats that."""
+    kinds = config.get("layer_types") or ()
+    local = list(kinds).index("full_attention") if "full_attention" in kinds else _FIVE_TO_ONE[0]
+    return {"interleaved_attn_pattern": [local, 1]}
 
 
 GEMMA3: tuple[Item, ...] = (
     *GEMMA,
     ("qk_layernorm", True),
     ("transformer_layer_spec", "gemma3_layer_spec"),
-    ("interleaved_attn_pattern", [5, 1]),
+    Rule("interleaved_attn_pattern", _pattern, lambda settings: {}),
     Always("hidden_activation", "gelu_pytorch_tanh"),
     Rule("rotary_base", _bases, _bases_config),
     Rule("rope", lambda config, facts: {}, lambda settings: {}),
