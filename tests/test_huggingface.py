@@ -22,7 +22,7 @@ from reshard.core.dtypes import dtype
 from reshard.core.tensor import Filled
 from reshard.dialects.transformers import to_hub
 from reshard.errors import Corrupt, Incomplete, Mismatch, NotFound, ReshardError, Unsupported
-from reshard.formats import huggingface
+from reshard.formats import huggingface, open_path
 from reshard.ops.config import reconcile
 from reshard.ops.tie import tie
 from reshard.storage.run import run
@@ -391,3 +391,61 @@ def test_shards_of_no_bytes_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ReshardError, match="shard files of 0 bytes"):
         huggingface.plan(huggingface.open(tmp_path), max_shard_nbytes=0)
+
+
+# -------------------------------------------------------------------------------------------- without an index
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Three shard files, as transformers names them, and no index."""
+    for i in range(3):
+        tensors = {f"layers.{i}.weight": torch.full((2, 3), float(i)), f"layers.{i}.bias": torch.arange(3)}
+        save_file(tensors, tmp_path / f"model-{i + 1:05d}-of-00003.safetensors")
+    return tmp_path
+
+
+def test_shard_files_without_an_index_are_read_as_they_number_themselves(shards: Path) -> None:
+    checkpoint = open_path(shards)
+    assert sorted(checkpoint) == sorted(f"layers.{i}.{leaf}" for i in range(3) for leaf in ("weight", "bias"))
+    assert checkpoint["layers.2.weight"].numpy().tolist() == [[2.0] * 3] * 2
+    assert f"{shards} has no model.safetensors.index.json" in checkpoint.notices[0]
+    assert sorted(open_path(shards / "model-00002-of-00003.safetensors")) == sorted(checkpoint)
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_a_shard_file_that_is_missing_is_named_without_an_index_too(left: int, shards: Path) -> None:
+    for number in range(left + 1, 4):
+        (shards / f"model-{number:05d}-of-00003.safetensors").unlink()
+    missing = ", ".join(f"model-{number:05d}-of-00003.safetensors" for number in range(left + 1, 4))
+    with pytest.raises(Incomplete, match=f"of 3 shard files there are {left}; missing: {missing}$"):
+        open_path(shards)
+
+
+def test_a_count_of_shard_files_that_is_beyond_measure_takes_no_time(shards: Path) -> None:
+    for file in shards.iterdir():
+        file.rename(shards / file.name.replace("of-00003", "of-999999999"))
+    with pytest.raises(Incomplete, match=r"of 999999999 shard files there are 3; missing: model-00004-.* and more"):
+        open_path(shards)
+
+
+def test_shard_files_of_several_saves_are_refused(shards: Path) -> None:
+    (shards / "model-00001-of-00003.safetensors").rename(shards / "model-00001-of-00002.safetensors")
+    with pytest.raises(Mismatch, match="shard files of several saves"):
+        open_path(shards)
+
+
+def test_a_tensor_in_two_shard_files_is_refused(shards: Path) -> None:
+    (shards / "model-00001-of-00003.safetensors").write_bytes(
+        (shards / "model-00002-of-00003.safetensors").read_bytes()
+    )
+    with pytest.raises(Corrupt, match=r"layers.1.weight \(model-00001-of-00003.safetensors and model-00002"):
+        open_path(shards)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_shard_files_of_torch_save_need_their_index(count: int, tmp_path: Path) -> None:
+    for i in range(count):
+        torch.save({"a": torch.ones(1)}, tmp_path / f"pytorch_model-{i + 1:05d}-of-00002.bin")
+    with pytest.raises(Incomplete, match=r"pytorch_model.bin.index.json is missing, which says what is in pytorch"):
+        open_path(tmp_path)

@@ -72,6 +72,7 @@ _NUMBERED = re.compile(
 )
 _LIGHTNING = re.compile(r".*step=(?P<step>\d+).*")
 _HF_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_NUMBERED_SHARD = re.compile(r"(model|pytorch_model)-\d{5,9}-of-\d{5,9}\.(safetensors|bin)")
 _MODEL_DIRECTORY = re.compile(r"pytorch_model_fsdp_(\d+)")
 _OPTIMIZER_DIRECTORY = re.compile(r"(optimizer_\d+|optimizer|optim)")
 _WHOLE = {
@@ -130,29 +131,49 @@ def numbered(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def shards_in(path: Path) -> list[str]:
+    """Names in a directory that training leaves and that no whole model has: shards, numbered checkpoints."""
+    from reshard.formats import dcp, deepspeed, rank_files
+
+    names = _names(path)
+    found = [child.name for _, child in numbered(path)]
+    found += [n for n in names if _MODEL_DIRECTORY.fullmatch(n) and (path / n).is_dir()]
+    return found + [
+        n
+        for n in names
+        if dcp.matches(frozenset([n])) or rank_files.matches(frozenset([n])) or deepspeed.is_state_file(n)
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------- one directory
 
 
 def _of_file(path: Path) -> Found:
-    from reshard.formats import rank_files
-
     name = path.name
-    if name.endswith((".distcp", ".metadata")) or rank_files.matches(frozenset([name])) or _HF_SHARD.fullmatch(name):
-        return find(path.parent)
-    if name == "meta.pt" and (path.parent / ".metadata").is_file():
-        return find(path.parent)
-    if is_rank_directory(path.parent.name) or name in (TRACKER, ".zarray"):
-        return find(directory_of(path))
-    deepspeed = _deepspeed_directory(path)
-    if deepspeed is not None:
-        return find(deepspeed)
-    if name.endswith(".index.json") or re.fullmatch(r"(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)", name):
-        return find(path.parent)
+    whole = _whole_of(path)
+    if whole is not None:
+        return find(whole)
     if name in (".tmp", ".metadata.tmp"):
         raise Incomplete(f"{path}: the save did not finish", hint="use an earlier checkpoint")
     if name.endswith(".safetensors"):
         return _single(path, "safetensors", "safetensors")
     return _single(path, "torch_save", "torch.save")
+
+
+def _whole_of(path: Path) -> Path | None:
+    """The directory of what a file is a part of; None for a file that stands for itself."""
+    from reshard.formats import rank_files
+
+    name = path.name
+    if name.endswith((".distcp", ".metadata")) or rank_files.matches(frozenset([name])) or _HF_SHARD.fullmatch(name):
+        return path.parent
+    if name == "meta.pt" and (path.parent / ".metadata").is_file():
+        return path.parent
+    if is_rank_directory(path.parent.name) or name in (TRACKER, ".zarray"):
+        return directory_of(path)
+    if name.endswith(".index.json") or _NUMBERED_SHARD.fullmatch(name):
+        return path.parent
+    return _deepspeed_directory(path)
 
 
 def _deepspeed_directory(path: Path) -> Path | None:
@@ -297,6 +318,8 @@ def _full(path: Path, names: Sequence[str]) -> Found | None:
 
 def _whole(path: Path, names: Sequence[str]) -> Found | None:
     format = next((format for format, files in _WHOLE.items() if not set(files).isdisjoint(names)), None)
+    if format is None and any(_NUMBERED_SHARD.fullmatch(name) and name.endswith(".safetensors") for name in names):
+        format = "huggingface"
     if format is None:
         return None
     tag = _latest(path, names)
@@ -413,8 +436,16 @@ def _below(path: Path, names: Sequence[str], step: int | None, dirname: str | No
         )
     if candidates:
         return candidates[0]
+    shards = [n for n in names if _NUMBERED_SHARD.fullmatch(n)]
+    if shards and depth == _DEPTH:
+        raise Incomplete(
+            f"{path}: pytorch_model.bin.index.json is missing, which says what is in {listed(shards)}",
+            hint="copy it beside them, from where they come",
+        )
     singles = [n for n in names if n.endswith(_SINGLE) and (path / n).is_file()]
     if len(singles) == 1 and depth == _DEPTH:
+        if _whole_of(path / singles[0]) is not None:
+            raise Incomplete(f"{path / singles[0]} is one file of several, and the others are not there")
         return find(path / singles[0])
     if len(singles) > 1 and depth == _DEPTH:
         raise InputError(f"{path} holds several files: {listed(singles)}", hint="name the one you mean")
@@ -438,6 +469,7 @@ def _companions(found: Found) -> tuple[Path, ...]:
     places += [p.path if p.path.is_dir() else p.path.parent for p in found.parts if p.role == MODEL]
     root = found.root if found.root.is_dir() else found.root.parent
     places += [root, root / "huggingface", root.parent]
+    places += [place / "lora_adapter" for place in places]  # verl's: adapter_config.json
     if places and places[0] != root:
         places.insert(1, places[0] / "huggingface")
         places.insert(2, places[0].parent)

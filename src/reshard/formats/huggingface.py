@@ -3,6 +3,7 @@
     DIR/model.safetensors                      one file, or
     DIR/model-00001-of-0000N.safetensors       shard files, with
     DIR/model.safetensors.index.json           {"metadata": {total_parameters, total_size}, "weight_map": {FQN: file}}
+                                               (where it is lost, the shard files' names and headers say as much)
     DIR/adapter_model.safetensors              an adapter's tensors, with adapter_config.json
     DIR/config.json                            what the model is
     DIR/tokenizer.json, *.jinja, *.model ...   companions, carried byte for byte
@@ -21,6 +22,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ MAX_SHARD_NBYTES = 50 * 10**9
 """What transformers 5 takes (`max_shard_size="50GB"`); transformers 4 and huggingface_hub take 5 GB."""
 JSON_LIMIT_NBYTES = 64 << 20
 """The index of the largest models (hundreds of thousands of expert tensors) has some 30 MB."""
+
+SHARD = re.compile(r"model-(?P<number>\d{5,9})-of-(?P<count>\d{5,9})\.safetensors")
 
 COMPANIONS = (
     "generation_config.json",
@@ -97,21 +101,25 @@ class JsonFile(Mapping[str, Any]):
 
 def matches(names: frozenset[str]) -> bool:
     """Whether a directory with these names in it holds safetensors weights in the HuggingFace layout."""
-    return not names.isdisjoint((WEIGHTS, INDEX, ADAPTER_WEIGHTS))
+    return not names.isdisjoint((WEIGHTS, INDEX, ADAPTER_WEIGHTS)) or any(map(SHARD.fullmatch, names))
 
 
 def open(path: Path) -> Checkpoint:
     """A directory of weights (or its index, or one of its files) as a checkpoint; only headers are read.
 
     Raises Incomplete, naming them, when shard files or tensors that the index lists are missing, and Corrupt when a
-    shard file holds tensors that the index does not list there.
+    shard file holds tensors that the index does not list there. Without an index the shard files' numbers tell.
     """
     directory, entry = (path, None) if path.is_dir() else (path.parent, path.name)
     entry = entry or next((name for name in (WEIGHTS, INDEX, ADAPTER_WEIGHTS) if (path / name).is_file()), None)
-    if entry is None:
-        raise NotFound(f"{path}: neither {WEIGHTS} nor {INDEX} nor {ADAPTER_WEIGHTS}")
     files = Files()
-    if entry.endswith(".json"):
+    notices: tuple[str, ...] = ()
+    if entry is None:
+        shards = _numbered(directory)
+        read = [safetensors.read(shard, files) for shard in shards]
+        tensors, unsaved = _united(directory, read), {fqn for file in read for fqn in file.unsaved}
+        notices = (f"{directory} has no {INDEX}: the headers of all {len(shards)} shard files were read instead",)
+    elif entry.endswith(".json"):
         weight_map = read_index(directory / entry, files)
         shards = shard_paths(directory / entry, weight_map)
         read = [safetensors.read(p, files) for p in shards]
@@ -124,9 +132,8 @@ def open(path: Path) -> Checkpoint:
         file = safetensors.read(directory / entry, files)
         tensors, unsaved = file.tensors, set(file.unsaved)
     config, assets = companions(directory)
-    notices: tuple[str, ...] = ()
     if unsaved:
-        notices = (f"names without a tensor, which torch's consolidation lists: {listed(sorted(unsaved))}",)
+        notices += (f"names without a tensor, which torch's consolidation lists: {listed(sorted(unsaved))}",)
     if entry == WEIGHTS and (directory / INDEX).is_file():
         notices += (f"{directory} holds both {WEIGHTS} and {INDEX}: {WEIGHTS} was read, as transformers does",)
     origin = Origin(directory, NAME, files=tuple(shards))
@@ -159,6 +166,43 @@ def shard_paths(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
             hint="copy them beside the index, or wait until they are written",
         )
     return [index.parent / name for name in names]
+
+
+def _numbered(directory: Path) -> list[Path]:
+    """The shard files of a directory without an index, by the numbers in their names. Raises Incomplete, naming all."""
+    there = {name: found for name in tar.names(directory) if (found := SHARD.fullmatch(name))}
+    if not there:
+        raise NotFound(f"{directory}: neither {WEIGHTS} nor {INDEX} nor {ADAPTER_WEIGHTS}")
+    counts = {found["count"] for found in there.values()}
+    if len(counts) > 1:
+        raise Mismatch(
+            f"{directory}: no {INDEX}, and shard files of several saves: {listed(there)}",
+            hint="keep the files of one save in the directory",
+        )
+    count, numbers = counts.pop(), {int(found["number"]) for found in there.values()}
+    first = 0 if 0 in numbers else 1
+    if len(numbers) != int(count) or max(numbers) >= first + int(count):
+        wanted = (f"model-{i:05d}-of-{count}.safetensors" for i in range(first, first + int(count)) if i not in numbers)
+        missing = list(islice(wanted, 10))
+        raise Incomplete(
+            f"{directory}: no {INDEX}, and of {int(count)} shard files there are {len(numbers)}; missing: "
+            f"{', '.join(missing)}{' and more' if len(missing) == 10 else ''}",
+            hint="copy the missing files beside the others, or wait until they are written",
+        )
+    return [directory / name for name in sorted(there)]
+
+
+def _united(directory: Path, shards: Iterable[safetensors.File]) -> dict[str, Tensor]:
+    """The tensors of all shard files. Raises Corrupt where two hold one of the same name."""
+    where: dict[str, str] = {}
+    twice = [f"{fqn} ({where[fqn]} and {shard.path.name})" for shard in shards for fqn in shard.tensors
+             if where.setdefault(fqn, shard.path.name) != shard.path.name]  # fmt: skip
+    if twice:
+        raise Corrupt(
+            f"{directory}: no {INDEX}, and {len(twice)} tensors are in several shard files: {listed(twice)}",
+            hint="the shard files come from different saves",
+        )
+    return {fqn: tensor for shard in shards for fqn, tensor in shard.tensors.items()}
 
 
 def check_index(index: Path, weight_map: Mapping[str, str], held: Mapping[str, Iterable[str]]) -> None:
@@ -373,6 +417,17 @@ def _is_adapted(fqn: str) -> bool:
         return True
     # a module saved whole keeps its own name in PEFT's files; in a full model it lies beside the layers it wraps
     return fqn.startswith(_PEFT_PREFIX) and ".base_layer." not in fqn and ".original_module." not in fqn
+
+
+def trained_with(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The adapter's FQNs in a checkpoint that holds the model under it as well; none where it holds one of the two."""
+    found = tuple(fqn for fqn in checkpoint.tensors if _ADAPTED.fullmatch(fqn))
+    return () if is_adapter(checkpoint) else found
+
+
+def without_peft(fqn: str) -> str:
+    """The model's own name of a tensor that PEFT wrapped."""
+    return fqn.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".") if fqn.startswith(_PEFT_PREFIX) else fqn
 
 
 def to_adapter(checkpoint: Checkpoint) -> Checkpoint:
