@@ -16,6 +16,8 @@ for the user; the command line prints it on a line of its own.
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterable
 
 
@@ -64,3 +66,13 @@ def listed(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def command(*words: str | os.PathLike[str]) -> str:
+    """A command line of ours for a hint, which a shell takes as it is meant whatever the paths in it are called."""
+    return shlex.join(["reshard", *(word if isinstance(word, str) else _no_option(os.fspath(word)) for word in words)])
+
+
+def _no_option(path: str) -> str:
+    """A path that no parser takes for an option."""
+    return f"./{path}" if path.startswith("-") else path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.core.checkpoint import Checkpoint
-from reshard.errors import Incomplete, InputError, ReshardError
+from reshard.errors import Incomplete, InputError, ReshardError, command
 from reshard.formats import open_found
 from reshard.formats.detect import MODEL, Found, find, numbered
 from reshard.storage import tar
@@ -93,7 +92,7 @@ def inspect(source: str | Path, *, step: int | None = None, tensors: bool = Fals
             path, "", "", None, None, (), 0, 0, 0, {}, (), 0, (), False, str(error), (), "", hint=error.hint or ""
         )  # fmt: skip
     described = _described(path, found, opened, judged, tensors)
-    words = ("merge", _word(settings), "OUT") if settings else _next(path, found, judged, step=step, **choices)
+    words = ("merge", settings, "OUT") if settings else _next(path, found, judged, step=step, **choices)
     return replace(described, facts=facts, next_command=command(*words) if words else "")
 
 
@@ -141,37 +140,33 @@ def _described(path: Path, found: Found, opened: Checkpoint, judged: Judged | No
     )  # fmt: skip
 
 
-def command(*words: str) -> str:
-    """A command line of ours that a shell takes as it is meant, whatever is in the names."""
-    return shlex.join(("reshard", *words))
-
-
 def _next(
     path: Path, found: Found, judged: Judged | None, *, step: int | None = None, state_dict_dirname: str | None = None
-) -> tuple[str, ...]:
+) -> tuple[str | Path, ...]:
     """The words of the command that makes something of it; none where none would."""
     if (found.root / "reshard.json").is_file():
-        return "verify", _word(found.root)
+        return "verify", found.root
     if judged is not None:
         return _conversion(path, found, judged, step)
     chosen: tuple[str, ...] = () if step is None else ("--step", str(step))
     chosen += () if state_dict_dirname is None else ("--state-dict-dirname", state_dict_dirname)
     if (found.root / "meta.pt").is_file():
-        return "merge", _word(path), "OUT.ckpt", *chosen
+        return "merge", path, "OUT.ckpt", *chosen
     if found.root.is_file():
-        return "merge", _word(path), "OUT.safetensors", *chosen
+        return "merge", path, "OUT.safetensors", *chosen
     has_config = any((place / "config.json").is_file() for place in found.companions)
-    return "merge", _word(path), "OUT", *chosen, *(() if has_config else ("--base", "MODEL"))
+    return "merge", path, "OUT", *chosen, *(() if has_config else ("--base", "MODEL"))
 
 
-def _conversion(path: Path, found: Found, judged: Judged, step: int | None) -> tuple[str, ...]:
+def _conversion(path: Path, found: Found, judged: Judged, step: int | None) -> tuple[str | Path, ...]:
     if judged.complete is False or not (judged.complete or judged.needs_model):
         return ()
-    chosen = () if step is None else ("--iteration", str(step))
-    if not _is_located(path, found, step):
-        path, chosen = found.root, ()
+    chosen: tuple[str, ...] = ()
+    if not _is_located(path, found, None):
+        is_of_run = step is not None and _is_located(path, found, step)
+        path, chosen = (path, ("--iteration", str(step))) if is_of_run else (found.root, ())
     model = ("--hf-model", judged.made_from or "MODEL") if judged.needs_model else ()
-    return "convert", _word(path), "OUT", "--to", "nemo2" if found.writer == "NeMo 1" else "hf", *chosen, *model
+    return "convert", path, "OUT", "--to", "nemo2" if found.writer == "NeMo 1" else "hf", *chosen, *model
 
 
 def _is_located(path: Path, found: Found, step: int | None) -> bool:
@@ -182,11 +177,6 @@ def _is_located(path: Path, found: Found, step: int | None) -> bool:
         return locate(path, step).weights == next(part.path for part in found.parts if part.role == MODEL)
     except InputError:
         return False
-
-
-def _word(path: Path) -> str:
-    """A path that no parser takes for an option."""
-    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def audit(source: str | Path) -> list[Audit]:

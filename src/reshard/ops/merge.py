@@ -21,7 +21,7 @@ from reshard.core.checkpoint import Checkpoint, same_bytes
 from reshard.core.compute import cast
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Tensor, leaves
-from reshard.errors import Corrupt, NotFound, OutputError, Unsupported, listed
+from reshard.errors import Corrupt, NotFound, OutputError, Unsupported, command, listed
 from reshard.formats import open_found
 from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find
 from reshard.ops import names, tie
@@ -341,7 +341,8 @@ def _as_huggingface(checkpoint: Checkpoint, whole: bool, ways: Ways = _WAYS) -> 
     if checkpoint.dialect == "megatron":
         raise Unsupported(
             f"{checkpoint.origin.path} holds a Megatron model: its tensors are named and fused unlike the hub's",
-            hint=f"reshard convert {checkpoint.origin.path} OUT --to hf (--keep-names merges them as they are stored)",
+            hint=f"{command('convert', checkpoint.origin.path, 'OUT', '--to', 'hf')} "
+            "(--keep-names merges them as they are stored)",
         )
     config = checkpoint.config
     checkpoint = torchtitan.to_hub(names.without_attribute(names.without_ddp(checkpoint), config), config)
