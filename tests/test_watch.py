@@ -205,6 +205,65 @@ def test_checkpoint_type_ema_without_averaged_weights_is_said(tmp_path: Path) ->
     assert "no averaged weights" in by_kind["ema"].reason
 
 
+# ------------------------------------------------------------------------------------------- a run that is to come
+
+
+def test_a_run_that_is_not_there_yet_is_waited_for_and_nothing_is_made_meanwhile(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    beside = Beside(run, settings(), Fake())
+    beside.until(lambda: any(f"{run} is not there yet: waiting" in line for line in beside.said))
+    time.sleep(0.1)
+    assert not run.exists()
+    run.mkdir()  # a trainer that finds something in it would refuse it
+    beside.until(lambda: any(f"{run} is empty: waiting" in line for line in beside.said))
+    time.sleep(0.1)
+    assert list(run.iterdir()) == []
+    save(run, 5)
+    beside.until(lambda: logged(run))
+    assert states(beside.end()) == {5: "done"}
+    assert sum("waiting for the training" in line for line in beside.said) == 2
+
+
+def test_a_run_that_is_not_there_is_an_error_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_settings(tmp_path / "eval.yaml", tmp_path / "tally")
+    assert main(["watch", str(tmp_path / "run"), "--config", str(config), "--once"]) == 1
+    assert "run: no such directory" in capsys.readouterr().err
+    assert main(["evals", str(tmp_path / "run")]) == 1
+    assert "run: no such directory" in capsys.readouterr().err
+    assert main(["watch", str(config), "--config", str(config)]) == 1
+    assert "it is no directory" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_are_checked_while_a_run_is_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="mmmu_vall"):
+        watch(settings(tasks=["mmmu_vall"]), Places.of(tmp_path / "run"), backend=Fake(unknown=["mmmu_vall"]))
+
+
+def test_a_watch_that_waits_for_a_run_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    config = write_settings(tmp_path / "eval.yaml", tmp_path / "tally")
+    words = [sys.executable, "-m", "reshard", "watch", str(tmp_path / "run"), "--config", str(config)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        assert "is not there yet" in child.stderr.readline()
+        child.send_signal(signal.SIGTERM)
+        child.stderr.read()
+    assert child.returncode == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_cleared_and_begun_anew_is_evaluated_anew(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save(run, 5)
+    beside = Beside(run, settings(), Fake())
+    beside.until(lambda: logged(run) == [(5, "eval/t/acc", 5.0)])
+    shutil.rmtree(run)
+    save(run, 5, value=7)
+    beside.until(lambda: logged(run) == [(5, "eval/t/acc", 7.0)])
+    assert any("evals.sqlite was removed" in line for line in beside.said)
+    assert states(beside.end()) == {5: "done"}
+
+
 # -------------------------------------------------------------------------------------------- what the trainer does
 
 
@@ -558,6 +617,88 @@ def test_without_the_store_the_log_says_what_is_done(tmp_path: Path) -> None:
     assert states(once(tmp_path, settings(), backend)) == {5: "done"}
     assert backend.requests == []
     assert len(logged(tmp_path)) == 1
+
+
+# ------------------------------------------------------------------------------------------------ what attempts leave
+
+
+def leaving(behave: Callable[[Request, int], Status]) -> Fake:
+    """A backend whose attempts leave a file each, beside a link to what is none of theirs."""
+
+    def leave(request: Request, polls: int) -> Status:
+        (request.output / "results.json").write_text(str(request.attempt))
+        with suppress(FileExistsError):
+            (request.output / "link").symlink_to(request.output.parents[3])
+        return behave(request, polls)
+
+    return Fake(leave)
+
+
+def outputs(run: Path) -> list[str]:
+    return sorted(path.read_text() for path in (run / "evals" / "output").glob("*/*/results.json"))
+
+
+@pytest.mark.parametrize("keep, left", [("last", ["3"]), ("all", ["1", "2", "3"])])
+def test_of_the_attempts_at_a_step_the_one_that_counts_is_kept(tmp_path: Path, keep: str, left: list[str]) -> None:
+    save(tmp_path, 5)
+    backend = leaving(lambda request, _: scored(request) if request.attempt == 3 else Status(Phase.FAILED, "no GPU"))
+    watched = once(tmp_path, settings(retries=2, keep_attempts=keep), backend)
+    assert (states(watched), outputs(tmp_path)) == ({5: "done"}, left)
+    assert (tmp_path / "checkpoint-5" / "model.safetensors").exists()
+    with Store(Places.of(tmp_path).store) as store:
+        attempts = store.attempts(watched.jobs[0])
+    assert [Path(a.output).is_dir() if a.output else None for a in attempts] == (
+        [None, None, True] if keep == "last" else [True, True, True]
+    )
+
+
+def test_a_step_that_failed_keeps_its_last_attempt_until_it_is_tried_anew(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    backend = leaving(lambda request, _: Status(Phase.FAILED, "no GPU"))
+    assert states(once(tmp_path, settings(retries=1), backend)) == {5: "failed"}
+    assert outputs(tmp_path) == ["2"]
+    once(tmp_path, settings(), leaving(lambda request, _: scored(request)), again=True)
+    assert outputs(tmp_path) == ["1"]
+
+
+def test_what_was_displaced_leaves_nothing_once_nobody_writes_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+    backend = leaving(lambda request, _: scored(request) if len(backend.requests) > 1 else Status(Phase.RUNNING))
+    beside = Beside(tmp_path, settings(), backend)
+    beside.until(lambda: backend.requests and outputs(tmp_path))
+    save(tmp_path, 5, value=77)
+    beside.until(lambda: logged(tmp_path))
+    beside.end()
+    assert len(outputs(tmp_path)) == 2  # a server may not know that nobody wants it any more
+    monkeypatch.setattr("reshard.evaluate.prune._QUIET_S", 0.0)
+    once(tmp_path, settings(), backend)
+    assert len(outputs(tmp_path)) == 1
+    assert [job.state for job in once(tmp_path, settings(), backend).jobs] == [State.SUPERSEDED, State.DONE]
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "link", "parent"])
+def test_no_output_that_is_not_the_watchers_own_is_removed(tmp_path: Path, where: str) -> None:
+    run, other = tmp_path / "run", tmp_path / "other" / "step-5-regular" / "attempt-1-00000000"
+    save(run, 5)
+    once(run, settings(), Fake())
+    other.mkdir(parents=True)
+    (other / "kept").touch()
+    place = Places.of(run).outputs / "step-6-regular" / other.name
+    if where == "link":
+        place.parent.mkdir()
+        place.symlink_to(other)
+    elif where == "parent":
+        place.parent.symlink_to(other.parent)
+    with Store(Places.of(run).store) as store:
+        (job,) = store.jobs()
+        for output in (other if where == "elsewhere" else place, tmp_path):
+            job = store.begin_attempt(job, output)
+        store.end_attempt(job, State.DONE, "", state=State.DONE)
+        assert [attempt.number for attempt in store.spent_attempts(job.run)] == [1, 2]
+    once(run, settings(), Fake())
+    assert (other / "kept").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ who is killed

@@ -1,10 +1,10 @@
 """Evaluate the checkpoints of a run while it trains, or with --once those that are there.
 
 Every step that eval_strategy and eval_steps ask for is merged, proven, evaluated, and logged once, at its step, in
-RUN/evals/evals.jsonl. Start it beside the training job, kill it when you like, start it again: what is done stays done.
-`reshard evals RUN` shows how far it is.
+RUN/evals/evals.jsonl. Start it before the training job or beside it, kill it when you like, start it again: what is
+done stays done. `reshard evals RUN` shows how far it is.
 
-RUN     the directory that holds checkpoint-500, checkpoint-1000, ...
+RUN     the directory that holds checkpoint-500, checkpoint-1000, ...; it may not be there yet
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if settings.schedule.strategy == "no":
         say("eval_strategy is no: there is nothing to do")
         return 0
-    if remark := _remark(places, settings.schedule):
+    if places.run.is_dir() and (remark := _remark(places, settings.schedule)):
         say(remark)
     with redirect_stdout(sys.stderr):  # some loggers talk
         watched = watch(settings, places, once=args.once, again=args.retry_failed, say=say)

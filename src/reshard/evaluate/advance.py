@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,13 +22,11 @@ from reshard.evaluate import model
 from reshard.evaluate.backend import Backend, Phase, Refused, Request, Status, Unavailable
 from reshard.evaluate.config import EvalConfig
 from reshard.evaluate.database import StoreBusy
-from reshard.evaluate.keep import kept
 from reshard.evaluate.places import Places
 from reshard.evaluate.protect import is_intact, release
-from reshard.evaluate.records import FINAL, OPEN, Job, State
+from reshard.evaluate.records import OPEN, Job, State
 from reshard.evaluate.scan import Scanner, brief, called
 from reshard.evaluate.store import LeaseLost, Store
-from reshard.storage.staging import staging_of
 
 _WORK = (State.READY, State.MERGED, State.SUBMITTING, State.RUNNING)
 _COUNTS = OPEN - {State.SEEN}
@@ -403,33 +401,6 @@ class Advancer:
             self._fail(job, State.FAILED, f"{type(error).__name__}: {error}", permanent=isinstance(error, ReshardError))
         except LeaseLost:
             return
-
-    def prune(self) -> None:
-        """Remove the whole models that are done with and not to be kept; shards too, where the settings say so."""
-        ended = [job for job in self._store.with_models(self._run) if job.state in FINAL]
-        if not ended:
-            return
-        jobs = self._store.jobs(run=self._run)
-        stay = kept(jobs, self._store.results(run=self._run), self._config)
-        if self._config.remove_shards:
-            self._remove_shards(jobs, stay)
-        for job in ended:
-            path = Path(job.merged)
-            if job.id not in stay and path.parent == self._places.merged:
-                shutil.rmtree(path, ignore_errors=True)
-                shutil.rmtree(staging_of(path), ignore_errors=True)
-                self._store.change(job, merged="", payload={**job.payload, "merged_nbytes": 0})
-
-    def _remove_shards(self, jobs: Sequence[Job], stay: Container[int]) -> None:
-        """Of steps that were evaluated and are none of the best; never of the newest, from which training resumes."""
-        newest = max(job.step for job in jobs)
-        for job in jobs:
-            if job.state != State.DONE or job.id in stay or job.step == newest:
-                continue
-            if job.files and is_intact(Path(job.source), job.files, job.fingerprint):
-                for name in job.files:
-                    (Path(job.source) / name).unlink(missing_ok=True)
-                self._say(f"{called(job)}: its shards were removed, as remove_shards says")
 
 
 __all__ = ["Advancer"]

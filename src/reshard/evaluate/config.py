@@ -24,6 +24,7 @@ _LIMIT_NBYTES = 1 << 20
 _LONGEST_S = 366 * 24 * 3600.0
 Kinds = Literal["regular", "ema", "both"]
 KeepMerged = Literal["none", "last", "best", "all"]
+KeepAttempts = Literal["last", "all"]
 BACKENDS = ("lmms_eval", "lm_eval", "command")
 
 
@@ -81,6 +82,9 @@ class EvalConfig:
     remove_shards: bool = False
     """With `keep_merged: best`: remove the shards of steps that were evaluated and are none of the best, but for the
     newest checkpoint."""
+    keep_attempts: KeepAttempts = "last"
+    """Of which attempts at a step the output directory stays: `last` keeps the one that counted, or that failed
+    last."""
     max_merged_size: str | None = None
     """Of all whole models together, as in 500GB: a merge that would pass it waits."""
     base: str | None = None

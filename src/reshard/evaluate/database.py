@@ -84,9 +84,20 @@ class Database:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._prepare()
+            self._inode = os.stat(path).st_ino
         except sqlite3.DatabaseError as error:
             self.close()
             raise _explained(error, path) from error
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether what is open is what has the name: a file that was removed can be written, and nobody sees it."""
+        try:
+            return os.stat(self.path).st_ino == self._inode
+        except FileNotFoundError:
+            return False
+        except OSError:  # a file system that is away
+            return True
 
     def close(self) -> None:
         with self._lock:

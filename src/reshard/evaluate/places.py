@@ -4,7 +4,7 @@ evals.jsonl      every metric, once
 evals.sqlite     what is known: see `store.py`
 held/            shards that wait for their merge
 merged/          whole models, while they are evaluated, and those that are kept
-output/          a directory for each attempt, with what the backend left there
+output/          a directory for each attempt that is kept, with what the backend left there
 training-ended   made by whoever knows that no checkpoint will come any more
 """
 
@@ -35,11 +35,24 @@ class Places:
 
     @classmethod
     def of(cls, run: Path | str, folder: Path | str | None = None) -> Places:
-        """Of a run that is there. Raises NotFound."""
+        """Of a run, which may not be there yet. Raises NotFound for what is no directory."""
         path = Path(os.path.abspath(run))
-        if not path.is_dir():
-            raise NotFound(f"{path}: no such directory")
+        if path.exists() and not path.is_dir():
+            raise NotFound(f"{path}: it is no directory")
         return cls(path, path / "evals" if folder is None else Path(os.path.abspath(folder)))
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a run to look at, and room for our own directory.
+
+        As long as the directory is empty nothing may be put into it: trainers refuse an output directory in which there
+        is something that is none of theirs, and some of their ranks look later than others.
+        """
+        try:
+            with os.scandir(self.run) as entries:
+                return self.folder.is_dir() or not self.folder.is_relative_to(self.run) or any(entries)
+        except OSError:
+            return False
 
     @property
     def store(self) -> Path:
@@ -69,10 +82,14 @@ class Places:
         """The whole model of a job."""
         return self.merged / f"step-{job.step}-{job.kind}-{job.fingerprint[:12]}"
 
+    @property
+    def outputs(self) -> Path:
+        return self.folder / "output"
+
     def output(self, job: Job) -> Path:
         """A directory for the next attempt of a job that no other attempt ever had, made now."""
         name = f"attempt-{job.attempts + 1}-{secrets.token_hex(4)}"
-        path = self.folder / "output" / f"step-{job.step}-{job.kind}" / name
+        path = self.outputs / f"step-{job.step}-{job.kind}" / name
         path.mkdir(parents=True)
         return path
 

@@ -115,6 +115,7 @@ class Attempt:
     job: int
     number: int
     output: str
+    """Empty when it was removed."""
     job_id: str
     state: str
     """Of a job that is under way: `submitting` or `running`; else how it ended."""

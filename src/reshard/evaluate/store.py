@@ -270,6 +270,26 @@ class Store(Database):
         rows = self._all(f"SELECT {_ATTEMPT} FROM attempts WHERE job = ? ORDER BY number", job.id)
         return [Attempt(*row) for row in rows]
 
+    def spent_attempts(self, run: str) -> list[Attempt]:
+        """Of the jobs of a run that ended, the attempts that do not count and whose outputs may be there."""
+        ended, displaced = sorted(FINAL), sorted((State.SUPERSEDED, State.SAME, State.REWRITTEN))
+        columns = ", ".join(f"attempts.{name}" for name in _ATTEMPT.split(", "))
+        rows = self._all(
+            f"SELECT {columns} FROM attempts JOIN jobs ON jobs.id = attempts.job WHERE jobs.run = ?"
+            f" AND jobs.state IN ({', '.join('?' * len(ended))}) AND attempts.output != ''"
+            f" AND (attempts.number != jobs.attempts OR jobs.state IN ({', '.join('?' * len(displaced))}))"
+            " ORDER BY attempts.job, attempts.number",
+            run, *ended, *displaced,
+        )  # fmt: skip
+        return [Attempt(*row) for row in rows]
+
+    def output_removed(self, attempt: Attempt) -> None:
+        """The output directory of an attempt is gone."""
+        with self.transaction() as connection:
+            where = (attempt.job, attempt.number)
+            connection.execute("UPDATE attempts SET output = '' WHERE job = ? AND number = ?", where)
+            connection.execute("UPDATE jobs SET output = '' WHERE id = ? AND attempts = ?", where)
+
     # ----------------------------------------------------------------------------------------------------- results
 
     def measured(self, job: Job, metrics: Sequence[Metric], owner: str | None = None) -> Job:

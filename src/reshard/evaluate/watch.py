@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from reshard.errors import InputError, ReshardError, listed
+from reshard.errors import InputError, NotFound, ReshardError, listed
 from reshard.evaluate.advance import Advancer
 from reshard.evaluate.backend import Backend, Unavailable, make_backend
-from reshard.evaluate.config import Settings
+from reshard.evaluate.config import EvalConfig, Settings
 from reshard.evaluate.database import StoreBusy
 from reshard.evaluate.lease import RENEW_S, new_owner
 from reshard.evaluate.log import Delivery, Journal
 from reshard.evaluate.loggers import require
 from reshard.evaluate.places import Places, sweep
+from reshard.evaluate.prune import Pruner
 from reshard.evaluate.records import OPEN, Job, Key, New, State
 from reshard.evaluate.scan import Scanner, is_over
 from reshard.evaluate.store import Store
@@ -67,35 +68,76 @@ def watch(
 ) -> Watched:
     """Evaluate the checkpoints of a run until its training ends, or, `once`, those that are there.
 
-    With `again` what failed or was lost before is tried once more. Raises InputError for what the backend or a logger
-    will never take; everything later is a state of a job.
+    A run that is not there yet is waited for, unless `once`, and so is one whose directory is removed meanwhile. With
+    `again` what failed or was lost before is tried once more. Raises InputError for what the backend or a logger will
+    never take; everything later is a state of a job.
     """
     config = settings.evaluation
     for name, options in config.loggers.items():
         require(name, options)
     backend = backend or make_backend(config)
+    tasks = _Tasks(backend, config, say)
+    with _interrupts(say) as asked:
+        while True:
+            if once and not places.run.is_dir():
+                raise NotFound(f"{places.run}: no such directory", hint="without --once it is waited for")
+            if not once:
+                _wait_for(places, tasks, config.poll_interval, asked, say)
+                if asked.to_finish:
+                    return Watched((), (), asked.at_once)
+            watched = _watch_there(settings, places, once, again, say, backend, tasks, asked)
+            if watched is not None:
+                return watched
+            say(f"{places.store} was removed: beginning anew")
+
+
+def _watch_there(
+    settings: Settings, places: Places, once: bool, again: bool, say: Say, backend: Backend, tasks: _Tasks,
+    asked: _Asked,
+) -> Watched | None:  # fmt: skip
+    """The same, of a run that is there; None when somebody removed what is known of it."""
     places.folder.mkdir(parents=True, exist_ok=True)
-    with Store(places.store) as store, _interrupts(say) as asked:
-        watcher = _Watcher(settings, places, store, backend, say)
+    with Store(places.store) as store:
+        watcher = _Watcher(settings, places, store, backend, tasks, say)
         watcher.begin(again)
         with _heart(store, watcher.owner), _deliveries(settings, places, store) as deliveries:
             watcher.run(once, asked, deliveries)
+            if not store.is_in_place and not asked.to_finish:
+                return None
             undelivered = tuple(_finish(deliveries, asked))
         return Watched(tuple(store.jobs(run=watcher.run_name)), undelivered, asked.at_once)
+
+
+def _wait_for(places: Places, tasks: _Tasks, interval_s: float, asked: _Asked, say: Say) -> None:
+    """Until there is a run to look at, or until asked to stop. Nothing is made there meanwhile."""
+    asked.wake, told = threading.Event(), ""
+    while not places.has_begun and not asked.to_finish:
+        if places.end.is_file():
+            raise NotFound(f"{places.run}: no such directory, though {places.end} says that training has ended")
+        text = (
+            f"{places.run} is {'empty' if places.run.is_dir() else 'not there yet'}: waiting for the training to begin"
+        )
+        if text != told:
+            say(text)
+        told = text
+        tasks.check()
+        asked.wake.wait(interval_s)
 
 
 class _Watcher:
     """The parts, and the order in which they take their turns."""
 
-    def __init__(self, settings: Settings, places: Places, store: Store, backend: Backend, say: Say) -> None:
+    def __init__(
+        self, settings: Settings, places: Places, store: Store, backend: Backend, tasks: _Tasks, say: Say
+    ) -> None:
         self.owner = new_owner()
         self.run_name = store.meta("run", str(places.run))
         config = settings.evaluation
-        self._config, self._places, self._store, self._backend, self._say = config, places, store, backend, say
+        self._config, self._places, self._store, self._tasks, self._say = config, places, store, tasks, say
         self._journal = Journal(places.journal, store)
         self._scanner = Scanner(places, store, settings.schedule, config.kinds, config.base, self.run_name, say)
         self._advancer = Advancer(places, store, backend, config, self._scanner, self.run_name, self.owner, say)
-        self._tasks_checked, self._check_at = False, 0.0
+        self._pruner = Pruner(places, store, config, self.run_name, say)
 
     def begin(self, again: bool) -> None:
         """Take over what stands, and clear what an earlier watcher was killed over."""
@@ -109,7 +151,7 @@ class _Watcher:
             steps = {(job.step, job.kind) for job in jobs if job.state in _AGAIN}
             for job in jobs:
                 if (job.step, job.kind) in steps:
-                    self._store.drop(job)
+                    self._pruner.forget(job)
 
     def _adopt(self) -> None:
         """Jobs for results that only evals.jsonl knew."""
@@ -121,10 +163,10 @@ class _Watcher:
                 known.add(key)
 
     def run(self, once: bool, asked: _Asked, deliveries: Sequence[Delivery]) -> None:
-        """Take turns until all is done, or until asked twice to stop."""
+        """Take turns until all is done, until asked twice to stop, or until the store is removed."""
         told = dict[str, str]()
         try:
-            while not asked.at_once:
+            while not asked.at_once and self._store.is_in_place:
                 ending = self._advancer.ending = once or is_over(self._places)
                 self._turn(asked.to_finish)
                 self._tell(deliveries, told)
@@ -132,18 +174,22 @@ class _Watcher:
                     break
                 self._rest(ending, asked)
         finally:
-            self._advancer.stop(at_once=asked.at_once)
+            with suppress(ReshardError):  # of a process that ended no lease counts
+                self._advancer.stop(at_once=asked.at_once)
             with suppress(OSError, StoreBusy):
                 self._log()
 
     def _turn(self, finishing: bool) -> None:
         try:
-            self._check_tasks()
+            self._tasks.check()
             self._look()
             self._advancer.tick(claim=not finishing)
             self._log()
         except (OSError, StoreBusy) as error:  # a full disk, a file system that is away: both may pass
             self._say(f"waiting: {error}")
+        except ReshardError:
+            if self._store.is_in_place:
+                raise
 
     def _look(self) -> None:
         """When finishing too: it holds what comes, and sees what is saved again."""
@@ -155,21 +201,7 @@ class _Watcher:
     def _log(self) -> None:
         self._journal.write()
         self._journal.settle()
-        self._advancer.prune()
-
-    def _check_tasks(self) -> None:
-        """Raise InputError for tasks that the backend does not know, as soon as it answers."""
-        if self._tasks_checked or time.monotonic() < self._check_at:
-            return
-        try:
-            unknown = self._backend.check(self._config.tasks)
-        except Unavailable as error:
-            self._say(f"the tasks are not checked yet: {error}")
-            self._check_at = time.monotonic() + _CHECK_S
-            return
-        self._tasks_checked = True
-        if unknown:
-            raise InputError(f"tasks: {listed(unknown)}: the backend {self._config.backend} does not know them")
+        self._pruner.prune()
 
     def _is_done(self, ending: bool, finishing: bool) -> bool:
         if finishing:  # what nobody tells the end of is left to the next watch
@@ -190,6 +222,28 @@ class _Watcher:
             if delivery.problem and told.get(delivery.name) != delivery.problem:
                 self._say(f"logger {delivery.name}: {delivery.problem}; tried again later")
             told[delivery.name] = delivery.problem
+
+
+class _Tasks:
+    """Whether the backend knows the tasks: it is asked until it answers."""
+
+    def __init__(self, backend: Backend, config: EvalConfig, say: Say) -> None:
+        self._backend, self._config, self._say = backend, config, say
+        self._checked, self._check_at = False, 0.0
+
+    def check(self) -> None:
+        """Raise InputError for tasks that the backend does not know, as soon as it answers."""
+        if self._checked or time.monotonic() < self._check_at:
+            return
+        try:
+            unknown = self._backend.check(self._config.tasks)
+        except Unavailable as error:
+            self._say(f"the tasks are not checked yet: {error}")
+            self._check_at = time.monotonic() + _CHECK_S
+            return
+        self._checked = True
+        if unknown:
+            raise InputError(f"tasks: {listed(unknown)}: the backend {self._config.backend} does not know them")
 
 
 @contextmanager
@@ -267,6 +321,8 @@ def _interrupts(say: Say) -> Iterator[_Asked]:
 
 def open_store(places: Places) -> Store:
     """What is known of a run. Raises InputError when nothing is."""
+    if not places.run.is_dir():
+        raise NotFound(f"{places.run}: no such directory")
     if not places.store.is_file():
         raise InputError(f"{places.run} was not watched yet: there is no {places.store}", hint="reshard watch RUN_DIR")
     return Store(Path(places.store))
