@@ -25,7 +25,8 @@ import reshard
 from checkpoints import peak_nbytes
 from reshard.cli.main import main
 from reshard.errors import Corrupt, Incomplete, InputError, Mismatch, OutputError, Unsupported
-from reshard.formats import nemo1
+from reshard.formats import nemo1, nemo2_context
+from reshard.formats.fiddle import Call, Symbol
 from reshard.formats.megatron import locate, open_located
 from reshard.storage import tar
 from reshard.storage.files import Files
@@ -552,6 +553,91 @@ def test_a_tokenizer_is_only_looked_for_beside_its_yaml(name: str, tmp_path: Pat
     (tmp_path / "secret.model").write_bytes(pieces(3))
     (source / "link.model").symlink_to(tmp_path / "secret.model")
     assert nemo1.tokenizer_of(source / "model_config.yaml").files == {}
+
+
+_HASH = "0073c5cf4b6b456cb103be846c52552b_"
+
+
+@pytest.mark.parametrize(
+    ("library", "named", "kept"),
+    [
+        ("sentencepiece", {"model": "tokenizer.model"}, {"tokenizer.model"}),
+        ("huggingface", {"model": "tokenizer.json"}, {"tokenizer.json"}),
+        ("megatron", {"vocab_file": "gpt2-vocab.json", "merge_file": "gpt2-merges.txt"}, {"vocab.json", "merges.txt"}),
+        ("megatron", {"vocab_file": "vocab.txt", "merge_file": None}, {"vocab.txt"}),
+        ("tiktoken", {"vocab_file": "vocab.json", "merge_file": None}, {"tiktoken_vocab.json"}),
+    ],
+)
+def test_a_tokenizers_files_have_the_names_that_its_library_looks_for(
+    library: str, named: dict[str, str | None], kept: set[str], tmp_path: Path
+) -> None:
+    about = {"library": library, "type": None} | {k: v and f"nemo:{_HASH}{v}" for k, v in named.items()}
+    files = {f"{_HASH}{name}": b"[]" for name in named.values() if name}
+    source = extract(tmp_path / "m", _without_tokenizer(about) | files)
+    assert nemo1.assets(source / "model_config.yaml").keys() == kept
+
+
+def test_a_tiktoken_vocabulary_stays_nemos_from_one_release_to_the_other(tmp_path: Path) -> None:
+    about = {"library": "tiktoken", "type": None, "model": None, "vocab_file": f"nemo:{_HASH}vocab.json"}
+    source = extract(tmp_path / "m", _without_tokenizer(about) | {f"{_HASH}vocab.json": b'[{"rank": 0}]'})
+    first = reshard.convert(source, tmp_path / "n2", to="nemo2")
+    assert any("tiktoken" in notice for notice in first.notices)
+    reshard.convert(tmp_path / "n2", tmp_path / "again", to="nemo2")
+    for made in ("n2", "again"):
+        context = nemo2_context.read(tmp_path / made / "context")
+        assert context.tokenizer == Call(Symbol.of(nemo2_context.TIKTOKEN), {"vocab_file": "tiktoken_vocab.json"})
+        assert (tmp_path / made / "context/tiktoken_vocab.json").read_bytes() == b'[{"rank": 0}]'
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"model": f"nemo:{_HASH}gone.model"}, f"not beside it: nemo:{_HASH}gone.model"),
+        ({"model": "tokenizer.model", "special_tokens": {"bos_token": "<x>"}}, "adds special tokens"),
+        ({"vocab_file": "vocab.txt", "library": "megatron"}, "of a kind that NeMo 2 has to be told"),
+    ],
+)
+def test_what_of_a_tokenizer_stays_behind_is_said(about: dict[str, Any], said: str, tmp_path: Path) -> None:
+    files = {"tokenizer.model": pieces(NUM_TOKENS), "vocab.txt": b"a"}
+    found = _without_tokenizer({"library": "sentencepiece", **about}) | files
+    notices = nemo1.settings_of(extract(tmp_path / "m", found) / "model_config.yaml").notices
+    assert [said in notice for notice in notices] == [True]
+
+
+SPELLED = b"".join(bytes([n << 3 & 0x7F | 0x82, n >> 4, len(t)]) + t for n, t in ((46, b"<bos>"), (47, b"<eos>")))
+"""What SentencePiece's trainer was told of the first and last token, in its fields 46 and 47."""
+
+
+@pytest.mark.parametrize(
+    ("texts", "spelled", "want"),
+    [
+        ((b"<unk>", b"<s>", b"</s>"), b"", {"bos_token_id": 1, "eos_token_id": 2}),
+        ((b"<pad>", b"<eos>", b"<bos>"), SPELLED, {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}),
+        ((b"<unk>", b"<bos>", b"<eos>"), b"", {}),
+    ],
+)
+@pytest.mark.parametrize("way", ["straight", "by NeMo 2"])
+def test_config_json_has_the_special_tokens_of_a_sentencepiece_model(
+    texts: tuple[bytes, ...], spelled: bytes, want: dict[str, int], way: str, tmp_path: Path
+) -> None:
+    controls = [b"\x0a" + bytes([len(text)]) + text + b"\x18\x03" for text in texts]
+    head = b"".join(b"\x0a" + bytes([len(piece)]) + piece for piece in controls)
+    model = head + pieces(NUM_TOKENS - len(texts)).removesuffix(b"\x12\x02\x18\x01")
+    name = f"{TOKENIZERS['mistral']}_tokenizer.model"
+    source = extract(tmp_path / "m", members() | {name: model + b"\x12" + bytes([len(spelled)]) + spelled})
+    if way == "by NeMo 2":
+        reshard.convert(source, tmp_path / "n2", to="nemo2")
+    reshard.convert(tmp_path / "n2" if way == "by NeMo 2" else source, tmp_path / "hf", to="hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert {key: value for key, value in config.items() if key.endswith("_token_id")} == want
+
+
+def test_heads_that_are_turned_in_part_are_not_said_of_models_that_turn_whole_ones(tmp_path: Path) -> None:
+    source = pack(tmp_path / "m.nemo", members(rotary_percentage=0.5))
+    with pytest.raises(Unsupported, match=r"turns 0\.5 of each head: .* turns whole heads"):
+        converted(source, tmp_path)
+    reshard.convert(source, tmp_path / "n2", to="nemo2")
+    assert nemo2_context.read(tmp_path / "n2/context").config.get("rotary_percent") == 0.5
 
 
 def test_rows_beyond_the_tokenizer_are_kept_for_nemo_2_and_cut_for_huggingface(tmp_path: Path) -> None:

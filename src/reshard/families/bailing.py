@@ -81,6 +81,7 @@ FAMILIES = (
             Setting("qk_layernorm", "use_qk_norm", True),
             Always("score_function", "sigmoid"),
             *rotary(10000.0),
+            Setting("rotary_percent", "partial_rotary_factor", 1.0),
             biases(qkv="use_qkv_bias"),
             mtp_count(),
         ),

@@ -6,6 +6,7 @@ Checked: Phi-3 mini, Phi-4, Phi-4 mini.
 from __future__ import annotations
 
 from reshard.dialects.fuse import Glu, PackedQkv
+from reshard.dialects.setting import Setting
 from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import MODEL, TIED_HEAD, A, L, M, decoder, input_norm, mlp_norm
 from reshard.families.settings import epsilon, window
@@ -31,7 +32,7 @@ FAMILIES = (
         ),
         _facts,
         copies=TIED_HEAD,
-        settings=(epsilon("rms_norm_eps", 1e-5), window()),
+        settings=(epsilon("rms_norm_eps", 1e-5), window(), Setting("rotary_percent", "partial_rotary_factor", 1.0)),
         verified="names of NeMo 2; megatron-core computes the same logits",
     ),
 )

@@ -109,6 +109,8 @@ class Tokenizer:
     """The name of a tokenizer on the hub, whose files NeMo 1 does not keep."""
     is_plain: bool = True
     """Whether the tokens are those of the files, and no more."""
+    lost: tuple[str, ...] = ()
+    """Files that are named and not there."""
 
 
 def settings_of(path: Path) -> Settings:
@@ -260,21 +262,28 @@ def tokenizer_of(path: Path) -> Tokenizer:
     said = said if isinstance(said, Mapping) else {}
     keys = {"model": "tokenizer.model", "vocab_file": "vocab.json", "merge_file": "merges.txt",
             "tokenizer_model": "tokenizer.model"}  # fmt: skip
+    stated = {key: said[key] for key in keys if isinstance(said.get(key), str) and said[key] not in ("", "???")}
+    found = {key: place for key, value in stated.items() if (place := _artifact(path, value)) is not None}
+    if "merge_file" not in found:
+        keys["vocab_file"] = TIKTOKEN if said.get("library") == "tiktoken" else ""
     files: dict[str, Path] = {}
-    for key, name in keys.items():
-        found = _artifact(path, said.get(key))
-        if found is not None:
-            files.setdefault(name if key != "vocab_file" or "merge_file" in said else found.name, found)
+    for key, place in found.items():
+        kept = _HASH.sub("", place.name)
+        files.setdefault("tokenizer.json" if kept.endswith("tokenizer.json") else keys[key] or kept, place)
     hub = said.get("type")
     is_hub = said.get("library") == "huggingface" and isinstance(hub, str)
     is_plain = not (said.get("special_tokens") or said.get("additional_special_tokens"))
-    return Tokenizer(files, hub[:300] if is_hub and isinstance(hub, str) and not files else None, is_plain)
+    lost = tuple(dict.fromkeys(stated[key][:300] for key in stated if key not in found))
+    return Tokenizer(files, hub[:300] if is_hub and isinstance(hub, str) and not files else None, is_plain, lost)
 
 
-def _artifact(path: Path, said: Any) -> Path | None:
+TIKTOKEN = "tiktoken_vocab.json"
+"""The name here of what NeMo reads with tiktoken: a list of tokens with their bytes."""
+_HASH = re.compile(r"^[0-9a-f]{32}_")
+
+
+def _artifact(path: Path, said: str) -> Path | None:
     """A file beside the YAML, by `nemo:NAME` or a path of which it has the last part: nothing else is looked at."""
-    if not isinstance(said, str) or not said or said == "???":
-        return None
     name = PurePosixPath(said.removeprefix("nemo:")).name
     if not name or (path.parent / name).is_symlink() or not (path.parent / name).is_file():
         return None
@@ -287,12 +296,22 @@ def assets(path: Path) -> dict[str, Tensor]:
 
 
 def _lacking(found: Tokenizer) -> tuple[str, ...]:
-    """A sentence when a tokenizer is named of which the archive holds no file."""
-    if found.files or found.hub is None:
-        return ()
-    return (
-        f"the tokenizer is {found.hub} on the hub, and the archive has none of its files: only the name is taken over",
-    )
+    """What of a tokenizer that is named does not come along, in sentences."""
+    said = []
+    if found.lost:
+        said.append(f"the YAML names files of a tokenizer that are not beside it: {listed(found.lost)}")
+    if not found.files and found.hub is not None:
+        said.append(
+            f"the tokenizer is {found.hub} on the hub, and the archive has none of its files: only the name is taken "
+            "over"
+        )
+    if found.files and not found.files.keys() & {"tokenizer.model", "tokenizer.json", TIKTOKEN}:
+        said.append(f"the tokenizer is {listed(found.files)}, of a kind that NeMo 2 has to be told: --tokenizer-path")
+    if TIKTOKEN in found.files:
+        said.append(f"the tokenizer is one of tiktoken, which transformers does not read: {TIKTOKEN} is for NeMo")
+    if found.files and not found.is_plain:
+        said.append("the YAML adds special tokens to those in the tokenizer's files: only the files are taken over")
+    return tuple(said)
 
 
 # --------------------------------------------------------------------------------------------- before Megatron-Core

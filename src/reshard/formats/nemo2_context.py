@@ -27,6 +27,7 @@ IO = "io.json"
 MODEL = "model.yaml"
 
 SENTENCE_PIECE = "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer"
+TIKTOKEN = "nemo.collections.common.tokenizers.tiktoken_tokenizer.TiktokenTokenizer"
 AUTO_TOKENIZER = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
 
 _PRE_SOFTMAX = "moe_router_pre_softmax"
@@ -118,11 +119,15 @@ def tokenizer_path(context: Path, found: Context) -> Path | None:
     tokenizer = found.tokenizer
     if tokenizer is None:
         return None
-    named = tokenizer.get("model_path") or tokenizer.get("pretrained_model_name")
+    named = next((n for key in _PLACES if (n := tokenizer.get(key))), None)
     if not isinstance(named, str) or PurePosixPath(named).is_absolute() or ".." in PurePosixPath(named).parts:
         return None
     path = context / named
     return path if path.exists() else None
+
+
+_PLACES = ("model_path", "pretrained_model_name", "vocab_file")
+"""The arguments that name a place, by class: SentencePiece's, HuggingFace's, tiktoken's."""
 
 
 def _token_count(context: Path, found: Context, values: Mapping[str, Any]) -> int | None:

@@ -1,13 +1,13 @@
-"""How many tokens there are in a tokenizer's files, without a tokenizer.
+"""How many tokens there are in a tokenizer's files, and which of them are no text, without a tokenizer.
 
-tokenizer.model   SentencePiece: a protobuf whose field 1 is repeated, a piece each
+tokenizer.model   SentencePiece: a protobuf whose field 1 is repeated, a piece each: text in field 1, kind in field 3
 tokenizer.json    `model.vocab`, a dict or a list, and `added_tokens`, with their numbers
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +48,54 @@ def _of_json(data: bytes) -> int | None:
 
 
 def _of_pieces(data: bytes) -> int | None:
-    pieces, place = 0, 0
-    while place < len(data):
-        key, place = _varint(data, place)
+    try:
+        return sum(key == _PIECE for key, _ in _fields(data)) or None
+    except ValueError:
+        return None
+
+
+def special_pieces(path: Path) -> dict[str, int]:
+    """`bos`, `eos` and `pad` of a SentencePiece model, as far as it has them; nothing where it is no such file."""
+    if not _is_there(path):
+        return {}
+    try:
+        fields = list(_fields(path.read_bytes()))
+        pieces = [dict(_fields(data)) for key, data in fields if key == _PIECE]
+        trained = {key: bytes(text) for spec, data in fields if spec == _TRAINER for key, text in _fields(data)}
+    except ValueError:
+        return {}
+    controls = {bytes(p.get(_PIECE, b"")): n for n, p in enumerate(pieces) if bytes(p.get(_KIND, b"")) == _CONTROL}
+    named = {name: trained.get(key, usual) for name, (key, usual) in _SPECIAL.items()}
+    return {name: controls[text] for name, text in named.items() if text in controls}
+
+
+_PIECE, _TRAINER, _KIND, _CONTROL = 0x0A, 0x12, 0x18, b"\x03"
+"""Fields 1, a piece with its text in field 1, and 2, how it was trained; field 3 of a piece, a number."""
+_SPECIAL = {"bos": (46 << 3 | 2, b"<s>"), "eos": (47 << 3 | 2, b"</s>"), "pad": (48 << 3 | 2, b"<pad>")}
+"""The field of `TrainerSpec` with the text of each, and that text where the field is not there."""
+
+
+def _fields(data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(key, bytes) of each field of a protobuf. Raises ValueError for what is none."""
+    view, place = memoryview(data), 0
+    while place < len(view):
+        key, place = _varint(view, place)
+        start = place
         match key & 7:
             case 0:
-                _, place = _varint(data, place)
+                _, place = _varint(view, place)
             case 1:
                 place += 8
             case 2:
-                nbytes, place = _varint(data, place)
-                place += nbytes
+                nbytes, start = _varint(view, place)
+                place = start + nbytes
             case 5:
                 place += 4
             case _:
-                return None
-        pieces += key == 0x0A  # field 1, of some length
-    return pieces if pieces and place == len(data) else None
+                raise ValueError(f"no field starts with {key}")
+        if place > len(view):
+            raise ValueError("a field ends behind the data")
+        yield key, view[start:place]
 
 
 def _varint(data: Any, place: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from reshard.core.tensor import Source, Tensor
 from reshard.dialects import nemo_config
 from reshard.dialects.setting import Values, flat
 from reshard.errors import NotFound, Unsupported
-from reshard.formats import fiddle, huggingface, nemo2, nemo2_context, token_count
+from reshard.formats import fiddle, huggingface, nemo1, nemo2, nemo2_context, token_count
 from reshard.formats.fiddle import Call, Symbol
 from reshard.storage import hub
 from reshard.storage.files import Files, LazySource
@@ -172,7 +172,14 @@ def tokenizer_among(assets: Mapping[str, Tensor], source: Source, library: str |
         )
     if library != "huggingface" and _PIECES in assets:
         return _sentence_piece(_PIECES, assets[_PIECES], source)
+    if library is None and nemo1.TIKTOKEN in assets:
+        call = Call(Symbol.of(nemo2_context.TIKTOKEN), {"vocab_file": nemo1.TIKTOKEN})
+        return Tokenizer(call, {nemo1.TIKTOKEN: assets[nemo1.TIKTOKEN]}, _NUM_OF_TIKTOKEN)
     return None
+
+
+_NUM_OF_TIKTOKEN = 1 << 17
+"""TiktokenTokenizer counts as many tokens, whatever its file has: special ones fill the rest."""
 
 
 def tokenizer_on_hub(name: str) -> Tokenizer:
@@ -210,5 +217,7 @@ def assets_of(context: Path) -> dict[str, Tensor]:
         found = dict(huggingface.companions(place)[1])
     elif place is not None and place.name.endswith(".model"):
         found = {_PIECES: huggingface.asset(place)}
+    elif place is not None and place.name.endswith(".json"):
+        found = {nemo1.TIKTOKEN: huggingface.asset(place)}
     generation = context / "artifacts" / _GENERATION
     return found | ({_GENERATION: huggingface.asset(generation)} if generation.is_file() else {})

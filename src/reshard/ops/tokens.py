@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reshard.formats import huggingface
+from reshard.formats import huggingface, token_count
 
 _NAMES = ("bos_token", "eos_token", "pad_token")
 
@@ -14,8 +14,10 @@ _NAMES = ("bos_token", "eos_token", "pad_token")
 def special_tokens(directory: Path) -> dict[str, int | list[int]]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id`, as far as generation_config.json or the tokenizer tell.
 
-    Raises Corrupt for files that are not JSON.
+    A file in place of a directory is a SentencePiece model. Raises Corrupt for files that are not JSON.
     """
+    if directory.is_file():
+        return {f"{name}_token_id": number for name, number in token_count.special_pieces(directory).items()}
     stated = _json(directory / "generation_config.json")
     found = {f"{name}_id": stated[f"{name}_id"] for name in _NAMES if _is_id(stated.get(f"{name}_id"))}
     settings = _json(directory / "tokenizer_config.json")

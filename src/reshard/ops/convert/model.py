@@ -187,7 +187,9 @@ def named(opened: MegatronCheckpoint, found: Understood, options: Options) -> Mo
         in_megatron = apply.canonical(tensors, family, rows)
         hub_tensors: Mapping[str, Tensor] = {}
     else:
-        config = config if reference else _with_tokens(config, opened)
+        if reference is None:
+            _check_turned(config, family)
+            config = _with_tokens(config, opened)
         in_megatron = {}
         tensors, said = (tensors, ()) if options.strict else _with_names(tensors, family, facts)
         hub_tensors = apply.to_hub(tensors, family, facts, strict=options.strict)
@@ -251,8 +253,24 @@ def _assets(opened: MegatronCheckpoint, reference: Reference | None) -> Mapping[
 
 def _with_tokens(config: Mapping[str, Any], opened: MegatronCheckpoint) -> Mapping[str, Any]:
     """A config that was made of settings, with the special tokens of the checkpoint's tokenizer."""
+    context, archived = opened.located.context, opened.located.model_config
     tokenizer = opened.located.tokenizer
+    if tokenizer is None and context is not None and (context / nemo2_context.IO).is_file():
+        tokenizer = nemo2_context.tokenizer_path(context, nemo2_context.read(context))
+    elif tokenizer is None and archived is not None and (found := nemo1.tokenizer_of(archived)).is_plain:
+        tokenizer = found.files.get("tokenizer.model")
     return {**special_tokens(tokenizer), **config} if tokenizer is not None else config
+
+
+def _check_turned(config: Mapping[str, Any], family: Family) -> None:
+    """Raise Unsupported where parts of heads are turned, and the family's models turn whole ones in spite of it."""
+    part = config.get("partial_rotary_factor")
+    if part in (None, 1) or "rotary_percent" in {i[0] if isinstance(i, tuple) else i.name for i in family.settings}:
+        return
+    raise Unsupported(
+        f"the rotary embedding turns {part} of each head: {family.architectures[0]} of transformers turns whole heads",
+        hint="--to torch_dist and --to nemo2 keep it",
+    )
 
 
 def _understood(
