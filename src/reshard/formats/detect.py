@@ -133,7 +133,7 @@ def numbered(run: Path) -> list[tuple[int, Path]]:
 
 def shards_in(path: Path) -> list[str]:
     """Names in a directory that training leaves and that no whole model has: shards, numbered checkpoints."""
-    from reshard.formats import dcp, deepspeed, rank_files
+    from reshard.formats import dcp, deepspeed_directory, rank_files
 
     names = _names(path)
     found = [child.name for _, child in numbered(path)]
@@ -141,7 +141,7 @@ def shards_in(path: Path) -> list[str]:
     return found + [
         n
         for n in names
-        if dcp.matches(frozenset([n])) or rank_files.matches(frozenset([n])) or deepspeed.is_state_file(n)
+        if dcp.matches(frozenset([n])) or rank_files.matches(frozenset([n])) or deepspeed_directory.is_state_file(n)
     ]
 
 
@@ -178,15 +178,16 @@ def _whole_of(path: Path) -> Path | None:
 
 def _deepspeed_directory(path: Path) -> Path | None:
     """The directory of the DeepSpeed checkpoint that a file is a part of, which is nothing without the rest."""
-    from reshard.formats import deepspeed
+    from reshard.formats import deepspeed_directory
 
     directory = path.parent
-    if deepspeed.is_state_file(path.name) or path.name == "zero_to_fp32.py":
+    if deepspeed_directory.is_state_file(path.name) or path.name == "zero_to_fp32.py":
         return directory
     if path.name in ("latest", "latest_universal"):
         return directory if _latest(directory, _names(directory)) is not None else None
     zero = directory if path.name == "optimizer_state.pt" else directory.parent
-    return zero if zero.name == deepspeed.UNIVERSAL and deepspeed.is_universal(zero.parent) else None
+    is_universal = zero.name == deepspeed_directory.UNIVERSAL and deepspeed_directory.is_universal(zero.parent)
+    return zero if is_universal else None
 
 
 def _single(path: Path, format: str, writer: str) -> Found:
@@ -329,13 +330,13 @@ def _whole(path: Path, names: Sequence[str]) -> Found | None:
 
 def _deepspeed(path: Path, names: Sequence[str]) -> Found | None:
     """A tag's directory, or a universal checkpoint's, or the `zero` directory in one."""
-    from reshard.formats import deepspeed
+    from reshard.formats import deepspeed_directory
 
-    if path.name == deepspeed.UNIVERSAL and deepspeed.is_universal(path.parent):
+    if path.name == deepspeed_directory.UNIVERSAL and deepspeed_directory.is_universal(path.parent):
         path = path.parent
-    elif not deepspeed.matches(path, names):
+    elif not deepspeed_directory.matches(path, names):
         return None
-    writer = "DeepSpeed (universal)" if deepspeed.is_universal(path) else "DeepSpeed"
+    writer = "DeepSpeed (universal)" if deepspeed_directory.is_universal(path) else "DeepSpeed"
     tag = re.fullmatch(r"global_step(\d+)(?:_universal)?", path.name)
     return Found(path, (Part(MODEL, "deepspeed", path),), writer, int(tag[1]) if tag else _step_of(path))
 

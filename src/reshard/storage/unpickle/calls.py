@@ -6,7 +6,7 @@ called and the arguments, and gives None for arguments of a form that it does no
 any other: a user's leaf may be anything and must not stand in the way of the weights. Only tensors that contradict
 themselves raise.
 
-Source: pytorch `torch/_utils.py` and `torch/_tensor.py`, 1.6 to 2.15; CPython `Lib/pickle.py` and `Objects/`.
+Source: pytorch `torch/_utils.py` and `torch/_tensor.py`, 1.6 to 2.15.
 """
 
 from __future__ import annotations
