@@ -50,3 +50,25 @@ def flat(value: Any, path: tuple[Any, ...] = ()) -> list[Any]:
     if isinstance(value, torch.Tensor):
         return [(path, str(value.dtype), value.tolist())]
     return [(path, type(value).__name__, value)]
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "ckpt/model_world_size_1_rank_0.pt"])
+def test_an_optimizer_that_counts_its_parameters_goes_on_from_what_all_wrote(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 2)
+    trained = torch.optim.AdamW(module.parameters())
+    module(torch.randn(4, 3)).sum().backward()
+    trained.step()
+    (tmp_path / "ckpt").mkdir()
+    torch.save({"model": module.state_dict(), "optimizer": trained.state_dict()}, tmp_path / name)
+    reshard.merge(tmp_path / name, tmp_path / "all.pt", what="all")
+    again = torch.optim.AdamW(module.parameters())
+    again.load_state_dict(torch.load(tmp_path / "all.pt")["optimizer"])
+    assert flat(again.state_dict()) == flat(trained.state_dict())
+
+
+def test_keys_that_are_no_text_are_what_they_were(tmp_path: Path) -> None:
+    saved = {"by": {3: torch.ones(1), 0: torch.ones(2), 2.5: torch.ones(3), None: 1}, "list": [torch.ones(1), {1: 2}]}
+    torch.save(saved, tmp_path / "saved.pt")
+    reshard.merge(tmp_path / "saved.pt", tmp_path / "all.pt", what="all")
+    assert sorted(flat(torch.load(tmp_path / "all.pt")), key=repr) == sorted(flat(saved), key=repr)

@@ -228,7 +228,7 @@ def test_a_bare_tensor_is_called_tensor(tmp_path: Path) -> None:
     w = noise((3,), torch.float16)
     checkpoint = torch_save.open(saved(w, tmp_path / "w.pt"))
     assert_holds(checkpoint, {"tensor": w})
-    assert checkpoint.path("tensor") == ()
+    assert checkpoint.path("tensor") == ("tensor",)
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:

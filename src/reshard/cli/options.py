@@ -36,6 +36,14 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def count(text: str) -> int:
+    """A number of things of which there is at least one."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, not {number}")
+    return number
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """How the work is done."""
     group = parser.add_argument_group("how")
@@ -46,7 +54,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="compare replicas that ranks hold, and read the output again afterwards"
     )
     group.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    group.add_argument("--threads", type=int, metavar="N", help="that move data (default: one a core, 4 at most)")
+    group.add_argument("--threads", type=count, metavar="N", help="that move data (default: one a core, 4 at most)")
     group.add_argument("--memory", metavar="SIZE", help="bound of the buffers, as in 64MB")
     group.add_argument(
         "--distributed-save", action="store_true",

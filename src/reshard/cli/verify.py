@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from reshard.cli import output
+from reshard.cli import options, output
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUT")
     parser.add_argument("--against", metavar="SRC", help="recompute the output from its source and compare")
-    parser.add_argument("--threads", type=int, metavar="N")
+    parser.add_argument("--threads", type=options.count, metavar="N")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     parser.add_argument("--quiet", "-q", action="store_true", help="no talk, no progress")
 

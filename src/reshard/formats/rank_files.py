@@ -240,7 +240,8 @@ class _Assembler:
         for rank, path in paths.items():
             file = torch_save.read(path, files)
             for keys, leaf in _walked(file):
-                name = fqn(keys) if keys else torch_save.BARE
+                keys = keys or (torch_save.BARE,)
+                name = fqn(keys)
                 leaf = share(leaf, f"{path}: {name}") if is_distributed(leaf) else leaf
                 held[name].append(_Held(rank, file, keys, leaf))
             file.value = None

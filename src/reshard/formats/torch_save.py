@@ -270,7 +270,8 @@ class Leaves:
 
     def add(self, file: File, path: KeyPath, leaf: Any) -> None:
         """Put a leaf where it belongs. Raises Unsupported when its name is taken."""
-        name = fqn(path) if path else BARE
+        path = path or (BARE,)
+        name = fqn(path)
         tensor = self.tensor(file, name, leaf)
         if tensor is None:
             self.objects[name] = leaf

@@ -41,7 +41,7 @@ def stored(ref: TensorRef, extent: Extent, byteorder: str = "little") -> Tensor:
 def walk(
     value: Any, path: KeyPath = (), expand: Callable[[Any], Mapping[str, Any] | None] = lambda _: None
 ) -> Iterator[tuple[KeyPath, Any]]:
-    """Every leaf of a nested state dict with its path: dicts, lists and tuples are descended, keys become strings.
+    """Every leaf of a nested state dict with its path: dicts, lists and tuples are descended, keys become text.
 
     A sequence of plain values (text, numbers) is one leaf, and so is an empty container. `expand` may show the entries
     of other values. What two names refer to is listed under both; what holds itself is not entered again. Raises
@@ -76,6 +76,20 @@ MAX_NUM_REPEATS = 1 << 19
 _PLAIN = (str, bytes, int, float, complex, type(None))
 
 
+class Key(str):
+    """A dict's key that is no text, as an FQN spells it. Optimizers count their parameters with numbers."""
+
+    __slots__ = ("value",)
+
+    value: int | float | None
+
+    @classmethod
+    def of(cls, value: int | float | None, text: str) -> Key:
+        key = cls(text)
+        key.value = value
+        return key
+
+
 def _entries(item: Any, expand: Callable[[Any], Mapping[str, Any] | None]) -> list[tuple[str | int, Any]] | None:
     """The entries of a container by key; None for a leaf."""
     if isinstance(item, dict):
@@ -91,9 +105,9 @@ def _key(key: Any) -> str:
     if isinstance(key, str):
         return key
     if isinstance(key, int):
-        return str(key) if key.bit_length() <= 64 else hex(key)
+        return Key.of(key, str(key) if key.bit_length() <= 64 else hex(key))
     if isinstance(key, float | None):
-        return str(key)
+        return Key.of(key, str(key))
     name = getattr(key, "name", None)
     return name if isinstance(name, str) else f"<{type(key).__name__}>"
 

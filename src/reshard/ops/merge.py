@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -23,7 +24,7 @@ from reshard.core.dtypes import dtype
 from reshard.core.tensor import Tensor, leaves
 from reshard.errors import Corrupt, NotFound, OutputError, Unsupported, command, listed
 from reshard.formats import open_found
-from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find
+from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find, shards_in
 from reshard.ops import names, tie
 from reshard.storage import manifest
 from reshard.storage.launch import Spread
@@ -232,6 +233,7 @@ def carry_out(
 
     What `tell` says when all is read follows the notices.
     """
+    _check_replaceable(output)
     if remove_shards:
         _check_removable(prepared)
     result = run(
@@ -345,7 +347,10 @@ def _as_huggingface(checkpoint: Checkpoint, whole: bool, ways: Ways = _WAYS) -> 
             "(--keep-names merges them as they are stored)",
         )
     config = checkpoint.config
-    checkpoint = torchtitan.to_hub(names.without_attribute(names.without_ddp(checkpoint), config), config)
+    checkpoint = names.without_peft(names.without_ddp(checkpoint))
+    if whole and config is not None:
+        _check_one_model(checkpoint)
+    checkpoint = torchtitan.to_hub(names.without_attribute(checkpoint, config), config)
     config = checkpoint.config
     if config is None:
         return checkpoint
@@ -353,6 +358,19 @@ def _as_huggingface(checkpoint: Checkpoint, whole: bool, ways: Ways = _WAYS) -> 
     if whole:
         check_complete(config, checkpoint, f"a loader would initialise them anew; {ways.partial}")
     return checkpoint
+
+
+def _check_one_model(checkpoint: Checkpoint) -> None:
+    """Raise Unsupported for a model with an adapter in it: no loader takes both from one set of files."""
+    from reshard.formats import huggingface
+
+    adapter = huggingface.trained_with(checkpoint)
+    if adapter:
+        raise Unsupported(
+            f"{checkpoint.origin.path} holds a model and the {len(adapter)} tensors of an adapter that was trained on"
+            f" it: {listed(adapter, 2)}",
+            hint="--include '*lora_*' writes the adapter, --exclude '*lora_*' the model without it",
+        )
 
 
 def _plan(root: Path, checkpoint: Checkpoint, output: Path, options: Options) -> tuple[Checkpoint, Plan]:
@@ -405,6 +423,22 @@ def _plan_torch_save(root: Path, checkpoint: Checkpoint, output: Path, options: 
 
 
 # -------------------------------------------------------------------------------------------------- after the run
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raise OutputError when there are training checkpoints where the output goes, whatever --force says."""
+    if not output.is_dir():
+        return
+    shards = shards_in(output)
+    if shards:
+        with suppress(NotFound, Corrupt):
+            ours = {Path(file).parts[0] for file in manifest.read(output).files}
+            shards = [name for name in shards if name not in ours]
+    if shards:
+        raise OutputError(
+            f"{output} is not replaced: it holds the shards of a training run: {listed(shards, 3)}",
+            hint="choose another output, such as a directory in it",
+        )
 
 
 def _check_removable(prepared: Prepared) -> None:

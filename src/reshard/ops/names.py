@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from reshard.core.checkpoint import Checkpoint, KeyPath
+from reshard.core.tensor import Tensor
 from reshard.errors import Mismatch, NotFound, listed
+from reshard.formats.torch_tensor import Key
 
 _CONTAINERS = ("model", "state_dict", "module", "model_state_dict", "model_states", "weights", "app", "state")
 """What holds the model where a state dict holds more than it, best first."""
@@ -32,10 +35,29 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 def model_only(checkpoint: Checkpoint) -> Checkpoint:
-    """The model's tensors, located, under the model's own names: containers taken off by path; a notice lists them.
+    """The model's tensors under the model's own names: containers taken off by path; a notice lists them.
 
     Raises NotFound when everything in the checkpoint is an optimizer's or a trainer's.
     """
+    paths, containers = _model_paths(checkpoint)
+    renamed = _renamed(checkpoint.select(paths), {fqn: ".".join(map(str, path)) for fqn, path in paths.items()})
+    renamed = replace(renamed, paths={})
+    notices = []
+    if containers:
+        notices.append(f"the model is under {'.'.join(containers)!r}")
+    left = dict.fromkeys(_beside(checkpoint.path(fqn), containers) for fqn in checkpoint if fqn not in paths)
+    if left:
+        notices.append(f"left out: {listed(left)}")
+    return replace(renamed, notices=renamed.notices + tuple(notices))
+
+
+def model_fqns(checkpoint: Checkpoint) -> list[str]:
+    """The model's tensors by the names that the checkpoint has for them. Raises as `model_only`."""
+    return list(_model_paths(checkpoint)[0])
+
+
+def _model_paths(checkpoint: Checkpoint) -> tuple[dict[str, KeyPath], list[str]]:
+    """(path below the containers by FQN, the containers) of the model's tensors."""
     paths = {fqn: checkpoint.path(fqn) for fqn in checkpoint}
     containers: list[str] = []
     while True:
@@ -52,17 +74,7 @@ def model_only(checkpoint: Checkpoint) -> Checkpoint:
             f"{checkpoint.origin.path}: no model in it, only {listed(_roots(checkpoint))}",
             hint="--optimizer takes the optimizer, --all everything",
         )
-    renamed = _renamed(
-        checkpoint.select(paths).located(), {fqn: ".".join(map(str, path)) for fqn, path in paths.items()}
-    )
-    renamed = replace(renamed, paths={})
-    notices = []
-    if containers:
-        notices.append(f"the model is under {'.'.join(containers)!r}")
-    left = dict.fromkeys(_beside(checkpoint.path(fqn), containers) for fqn in checkpoint if fqn not in paths)
-    if left:
-        notices.append(f"left out: {listed(left)}")
-    return replace(renamed, notices=renamed.notices + tuple(notices))
+    return paths, containers
 
 
 def optimizer_only(checkpoint: Checkpoint) -> Checkpoint:
@@ -90,6 +102,18 @@ def without_ddp(checkpoint: Checkpoint) -> Checkpoint:
     return _without(checkpoint, lambda parts: parts[1:], "module")
 
 
+def without_peft(checkpoint: Checkpoint) -> Checkpoint:
+    """The model that an adapter was trained on, under its own names. Anything that holds an adapter is left as it is.
+
+    Raises Mismatch when two tensors would get one name.
+    """
+    from reshard.formats import huggingface
+
+    if huggingface.is_adapter(checkpoint) or huggingface.trained_with(checkpoint):
+        return checkpoint
+    return _without(checkpoint, lambda parts: huggingface.without_peft(".".join(parts)).split("."), "base_layer")
+
+
 def without_attribute(checkpoint: Checkpoint, config: Mapping[str, object] | None) -> Checkpoint:
     """The same without the attribute that holds the model in a LightningModule, as in `llm.model.layers.0...`.
 
@@ -113,41 +137,50 @@ def nested(checkpoint: Checkpoint, leaves: Mapping[str, Any]) -> Any:
 
     Tensors inside of an object stay where they are in it.
     """
-    root: dict[Any, Any] = {}
+    root = _Container()
     for name, value in checkpoint.objects.items():
         _put(root, checkpoint.path(name), value)
     for fqn, leaf in leaves.items():
         _put(root, checkpoint.path(fqn), leaf)
-    return _with_lists(root)
+    return _finished(root)
 
 
-def _put(root: dict[Any, Any], path: KeyPath, value: Any) -> None:
-    for key in path[:-1]:
+class _Container(dict[Any, Any]):
+    """A container while it is being filled: one that only paths tell of, or the items of an object by key."""
+
+    def __init__(self, was: Any = None) -> None:
+        items = was if isinstance(was, dict) else enumerate(was) if isinstance(was, list | tuple) else ()
+        super().__init__(items)
+        self.was = was if isinstance(was, dict | list | tuple) else None
+
+    def key(self, key: str | int) -> Any:
+        """What a key of a path is in here."""
+        return key.value if isinstance(key, Key) and self.was is not None else key
+
+
+def _put(root: _Container, path: KeyPath, value: Any) -> None:
+    for step in path[:-1]:
+        key = root.key(step)
         child = root.get(key)
-        if isinstance(child, tuple | list):
-            child = dict(enumerate(child)) | {_WAS: type(child)}
-        elif not isinstance(child, dict):
-            child = {}
-        root[key] = child
-        root = child
-    root[path[-1]] = value
+        root[key] = child if isinstance(child, _Container) else _Container(child)
+        root = root[key]
+    root[root.key(path[-1])] = value
 
 
-_WAS = object()
-"""Marks a dict that stands for a tuple or a list while its tensors are put in."""
-
-
-def _with_lists(value: Any) -> Any:
-    """Dicts that stand for lists or tuples, or have the positions of a list for keys, as those."""
-    if not isinstance(value, dict):
+def _finished(value: Any) -> Any:
+    """Containers as what they were. Those that only paths tell of are lists where all keys are positions of one."""
+    if not isinstance(value, _Container):
         return value
-    was = value.pop(_WAS, None)
-    children = {key: _with_lists(child) for key, child in value.items()}
+    children = {key: _finished(child) for key, child in value.items()}
+    was = value.was
+    if isinstance(was, dict):
+        was.update(children)
+        return was
     if was is not None:
-        return was(children[i] for i in range(len(children)))
+        return type(was)(children[i] for i in range(len(children)))
     if children and all(type(key) is int for key in children) and sorted(children) == list(range(len(children))):
         return [children[i] for i in range(len(children))]
-    return type(value)(children) if type(value) is not dict else children
+    return {key.value if isinstance(key, Key) else key: child for key, child in children.items()}
 
 
 def _looks_like_huggingface(fqn: str) -> bool:
@@ -178,7 +211,16 @@ def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
         checkpoint,
         tensors={new: checkpoint.tensors[old] for old, new in names.items()},
         paths={new: checkpoint.path(old) for old, new in names.items()},
+        locate=checkpoint.locate and partial(_locate, checkpoint.locate, {new: old for old, new in names.items()}),
     )
+
+
+def _locate(
+    locate: Callable[[Iterable[str]], Mapping[str, Tensor]], stored: Mapping[str, str], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """The tensors of these names, looked up by those that they are stored under."""
+    asked = {stored[name]: name for name in names}
+    return {asked[old]: tensor for old, tensor in locate(asked).items()}
 
 
 def _pair(names: Mapping[str, str], name: str) -> tuple[str, str]:

@@ -56,7 +56,9 @@ def verify(
     try:
         held = manifest.verify(output, threads, progress)
         num_files, num_tensors, nbytes, problems = held.num_files, held.num_tensors, held.nbytes, held.problems
-    except NotFound:
+    except NotFound as error:
+        if not output.exists():
+            raise NotFound(f"{output}: no such file or directory") from error
         if against is None:
             raise
     if against is not None and not problems:

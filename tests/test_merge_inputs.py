@@ -1,0 +1,157 @@
+"""Sources as users name them that are not quite a sharded model, and outputs that must not be replaced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import reshard
+import tiny_models
+import workspace
+from checkpoints import equals, left_in, model, same, write_dcp
+from reshard.cli.main import main
+from reshard.errors import NotFound, OutputError, ReshardError, Unsupported
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w/model_world_size_1_rank_0.pt"])
+def test_a_file_of_one_bare_tensor_is_merged(tmp_path: Path, name: str) -> None:
+    (tmp_path / "w").mkdir()
+    torch.save(torch.arange(6.0).reshape(2, 3), tmp_path / name)
+    wanted = {"tensor": torch.arange(6.0).reshape(2, 3)}
+    reshard.merge(tmp_path / name, tmp_path / "out.safetensors")
+    assert equals(tmp_path / "out.safetensors", wanted)
+    reshard.merge(tmp_path / name, tmp_path / "all.pt", what="all")
+    assert same(torch.load(tmp_path / "all.pt")["tensor"], wanted["tensor"])
+
+
+def test_what_cannot_be_read_is_in_nobodys_way_once_it_is_left_out(tmp_path: Path) -> None:
+    saved = {"w": torch.ones(2), "model_sparse": torch.eye(3).to_sparse()}
+    torch.save({"model": saved}, tmp_path / "saved.pt")
+    with pytest.raises(Unsupported, match="model_sparse is a sparse tensor"):
+        reshard.merge(tmp_path / "saved.pt", tmp_path / "out.safetensors")
+    reshard.merge(tmp_path / "saved.pt", tmp_path / "out.safetensors", exclude=("*sparse",))
+    assert equals(tmp_path / "out.safetensors", {"w": saved["w"]})
+
+
+def test_a_copy_that_shares_the_models_storage_is_not_the_model(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2)}
+    torch.save({"model": state, "model_ema": state}, tmp_path / "saved.pt")
+    reshard.merge(tmp_path / "saved.pt", tmp_path / "out.safetensors", keep_names=True)
+    assert equals(tmp_path / "out.safetensors", {"model.w": state["w"]})
+
+
+# ---------------------------------------------------------------------------------------- a model with an adapter in it
+
+
+@pytest.fixture
+def actor(tmp_path: Path) -> Path:
+    """`actor/` of verl where LoRA was trained: the wrapped model's state dict, and the adapter's config beside it."""
+    tensors = {}
+    for fqn, tensor in workspace.state_of("llama", seed=4).items():
+        name, leaf = f"base_model.model.{fqn}".rsplit(".", 1)
+        adapted = name.endswith("q_proj")
+        tensors[f"{name}.base_layer.{leaf}" if adapted else f"{name}.{leaf}"] = tensor
+        if adapted:
+            tensors[f"{name}.lora_A.default.weight"] = torch.full((4, tensor.shape[1]), 0.5)
+            tensors[f"{name}.lora_B.default.weight"] = torch.full((tensor.shape[0], 4), 0.25)
+    actor = workspace.write_rank_files(tmp_path / "global_step_5/actor", tensors)
+    workspace.write_base(actor / "huggingface")
+    (actor / "lora_adapter").mkdir()
+    (actor / "lora_adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    return actor
+
+
+def test_a_model_with_an_adapter_in_it_is_not_written_as_one(actor: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="an adapter that was trained on it") as caught:
+        reshard.merge(actor, tmp_path / "out")
+    assert "--exclude '*lora_*'" in str(caught.value.hint)
+
+
+def test_the_model_under_an_adapter_loads(actor: Path, tmp_path: Path) -> None:
+    reshard.merge(actor, tmp_path / "out", exclude=("*lora_*",))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    wanted = tiny_models.make("llama", 4).state_dict()
+    assert [fqn for fqn in wanted if not same(loaded[fqn], wanted[fqn])] == []
+
+
+def test_the_adapter_on_a_model_gets_the_names_that_peft_saves(actor: Path, tmp_path: Path) -> None:
+    reshard.merge(actor, tmp_path / "out", include=("*lora_*",))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert name in load_file(tmp_path / "out/adapter_model.safetensors")
+    assert (tmp_path / "out/adapter_config.json").is_file()
+
+
+def test_an_adapter_is_not_told_to_bring_a_models_config(tmp_path: Path) -> None:
+    workspace.write_adapter(tmp_path / "lora/checkpoint-5")
+    merged = reshard.merge(tmp_path / "lora", tmp_path / "out")
+    assert [notice for notice in merged.notices if "config.json" in notice] == []
+
+
+# ------------------------------------------------------------------------------------------------ what must stay there
+
+
+def test_a_view_of_a_storage_is_not_the_rest_of_it(tmp_path: Path) -> None:
+    whole = torch.arange(10.0)
+    torch.save({"a": whole[:5], "b": whole[5:]}, tmp_path / "saved.pt")
+    with pytest.raises(OutputError, match="would lose what is not in the output: b"):
+        reshard.merge(tmp_path / "saved.pt", tmp_path / "out.safetensors", include=("a",), remove_shards=True)
+    assert (tmp_path / "saved.pt").is_file()
+    reshard.merge(tmp_path / "saved.pt", tmp_path / "out.safetensors", remove_shards=True)
+    assert equals(tmp_path / "out.safetensors", {"a": whole[:5], "b": whole[5:]})
+    assert not (tmp_path / "saved.pt").exists()
+
+
+@pytest.mark.parametrize("held", ["checkpoint-4", "pytorch_model_fsdp_0", "."])
+def test_a_training_run_is_never_replaced(tmp_path: Path, held: str) -> None:
+    write_dcp(tmp_path / "source", model(1))
+    write_dcp(tmp_path / "run" / held, model(1, seed=1))
+    before = left_in(tmp_path / "run")
+    with pytest.raises(OutputError, match="holds the shards of a training run"):
+        reshard.merge(tmp_path / "source", tmp_path / "run", force=True)
+    assert left_in(tmp_path / "run") == before
+
+
+def test_an_output_in_shards_of_a_training_system_may_be_replaced(tmp_path: Path) -> None:
+    shutil.copytree(workspace.write_base(tmp_path / "hf"), tmp_path / "model")
+    save_file(workspace.state_of(), tmp_path / "model/model.safetensors", {"format": "pt"})
+    for _ in range(2):
+        reshard.convert(tmp_path / "model", tmp_path / "megatron", to="torch_dist", force=True)
+    assert reshard.verify(tmp_path / "megatron").ok
+    write_dcp(tmp_path / "megatron/iter_0000010", model(1))
+    with pytest.raises(OutputError, match="iter_0000010"):
+        reshard.convert(tmp_path / "model", tmp_path / "megatron", to="torch_dist", force=True)
+
+
+def test_a_model_that_is_in_the_way_is_replaced(tmp_path: Path) -> None:
+    write_dcp(tmp_path / "source", model(1))
+    tiny_models.make("llama").save_pretrained(tmp_path / "out")
+    reshard.merge(tmp_path / "source", tmp_path / "out", force=True)
+    assert equals(tmp_path / "out", model(1))
+
+
+# --------------------------------------------------------------------------------------------------- slips of the pen
+
+
+@pytest.mark.parametrize("verb", [["merge", "SRC", "OUT"], ["verify", "OUT"]])
+def test_a_number_of_threads_is_at_least_one(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb, "--threads", "-3"]) == 1
+    assert "at least 1, not -3" in capsys.readouterr().err
+
+
+def test_verify_says_that_there_is_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no such file or directory"):
+        reshard.verify(tmp_path / "nothing")
+
+
+def test_no_error_is_a_defect_of_ours_where_a_file_holds_nothing(tmp_path: Path) -> None:
+    for number, saved in enumerate(({}, [], None, 3, "text", {"model": {}}, {"optimizer": {}})):
+        torch.save(saved, tmp_path / f"{number}.pt")
+        for kind in ("model", "all", "optimizer"):
+            with pytest.raises(ReshardError):
+                reshard.merge(tmp_path / f"{number}.pt", tmp_path / "out.pt", what=kind)
