@@ -59,6 +59,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3",
         {"text_config": GEMMA | {"model_type": "gemma3_text"}, "vision_config": SIGLIP, "mm_tokens_per_image": 4},
     ),
+    "Phi-4 mini, heads turned in part": (
+        "phi3",
+        TEXT | TIED | {"hidden_size": 32, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
     "gpt-oss": ("gpt_oss", SINKS),
     "gpt-oss without YaRN": ("gpt_oss", SINKS | TIED | {"rope_parameters": {"rope_type": "default"}}),
     "gpt-oss of another order": ("gpt_oss", SINKS | {"layer_types": TURNS}),

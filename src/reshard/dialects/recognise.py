@@ -292,7 +292,9 @@ def _hints(
     source = str(hf_model_id or stated.get("hf_model_id") or stated.get("model_class") or "")
     named = source.rpartition("/")[2].lower().replace("-", "_")
     built = ours.get("_target_") == stated.get("_target_")
+    turns_parts = "rotary_percent" in {item[0] if isinstance(item, tuple) else item.name for item in family.settings}
     return (
+        turns_parts or ours.get("rotary_percent") in (None, 1),
         built and ours.get("_target_") != GPT,
         ours.get("transformer_layer_spec") == stated.get("transformer_layer_spec"),
         any(kind.removesuffix("_text") in named for kind in (family.name, *family.model_types)),
