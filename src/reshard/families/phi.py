@@ -6,10 +6,18 @@ Checked: Phi-3 mini, Phi-4, Phi-4 mini.
 from __future__ import annotations
 
 from reshard.dialects.fuse import Glu, PackedQkv
-from reshard.dialects.setting import Setting
+from reshard.dialects.setting import Rule, Setting, Values
 from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import MODEL, TIED_HEAD, A, L, M, decoder, input_norm, mlp_norm
 from reshard.families.settings import epsilon, window
+
+
+_PADDING = 32000
+"""The token that transformers' class pads with where a config has none."""
+
+
+def _no_padding(settings: Values) -> Values:
+    return {"pad_token_id": None} if settings["vocab_size"] <= _PADDING else {}
 
 
 def _facts(config: Config) -> Facts:
@@ -32,7 +40,12 @@ FAMILIES = (
         ),
         _facts,
         copies=TIED_HEAD,
-        settings=(epsilon("rms_norm_eps", 1e-5), window(), Setting("rotary_percent", "partial_rotary_factor", 1.0)),
+        settings=(
+            epsilon("rms_norm_eps", 1e-5),
+            window(),
+            Setting("rotary_percent", "partial_rotary_factor", 1.0),
+            Rule("pad_token_id", lambda config, facts: {}, _no_padding),
+        ),
         verified="names of NeMo 2; megatron-core computes the same logits",
     ),
 )
