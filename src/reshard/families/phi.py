@@ -11,7 +11,6 @@ from reshard.dialects.table import Config, Facts, Family, Row
 from reshard.families.blocks import MODEL, TIED_HEAD, A, L, M, decoder, input_norm, mlp_norm
 from reshard.families.settings import epsilon, window
 
-
 _PADDING = 32000
 """The token that transformers' class pads with where a config has none."""
 
