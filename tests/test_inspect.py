@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 
 import reshard
 import tiny_models
@@ -167,6 +168,20 @@ def test_what_is_not_complete_is_described_with_a_hint(tmp_path: Path, capsys: C
     assert json.loads(capsys.readouterr().out)["complete"] is False
 
 
+def test_a_model_of_the_hub_is_held_against_the_config_beside_it(tmp_path: Path, capsys: Capture) -> None:
+    base = written(tmp_path).parent / "base"
+    assert reshard.inspect(base).complete is True
+    state = load_file(base / "model.safetensors")
+    save_file({name: tensor for name, tensor in state.items() if ".layers.1." not in name}, base / "model.safetensors")
+    assert main(["inspect", str(base)]) == 1
+    assert "complete     no: " in capsys.readouterr().out
+    found = reshard.inspect(base)
+    assert "model.layers.1.self_attn.q_proj.weight" in found.problem
+    with pytest.raises(InputError) as caught:
+        reshard.merge(base, tmp_path / "never")
+    assert str(caught.value) == found.problem
+
+
 # -------------------------------------------------------------------------------------------------- without settings
 
 
@@ -292,15 +307,11 @@ def of_parent(directory: Path) -> Path:
 
 def of_merge(directory: Path) -> Path:
     base = tiny_models.save_modules(tiny_models.make("llama"), directory / "base")
-    dcp.save({"model": state_of_files(base)}, checkpoint_id=directory / "shards/checkpoint-3", no_dist=True)
+    dcp.save(
+        {"model": load_file(base / "model.safetensors")}, checkpoint_id=directory / "shards/checkpoint-3", no_dist=True
+    )
     shutil.copyfile(base / "config.json", directory / "shards/config.json")
     return directory / "shards"
-
-
-def state_of_files(base: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(base / "model.safetensors")
 
 
 @pytest.mark.parametrize("make", [of_run, of_iteration, of_parent, of_merge])
@@ -335,6 +346,13 @@ def test_the_step_that_was_asked_for_is_in_the_command(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- other places
+
+
+def test_a_file_of_settings_stands_for_its_directory(tmp_path: Path) -> None:
+    run = written(tmp_path)
+    found = reshard.inspect(run / "iter_0000000/run_config.yaml")
+    assert (found.path, found.complete) == (run / "iter_0000000", True)
+    assert found.next_command == f"reshard convert {run / 'iter_0000000'} OUT --to hf"
 
 
 def places(directory: Path) -> Iterable[Path]:

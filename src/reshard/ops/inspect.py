@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reshard.core.checkpoint import Checkpoint
-from reshard.errors import Incomplete, InputError, ReshardError, command
+from reshard.errors import Incomplete, InputError, ReshardError, Unsupported, command
 from reshard.formats import open_found
 from reshard.formats.detect import MODEL, Found, find, numbered
 from reshard.storage import tar
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from reshard.formats.megatron import MegatronCheckpoint
     from reshard.ops.inspect_megatron import Judged
 
+_SETTINGS = ("run_config.yaml", "model_config.yaml")
+"""Of Megatron-Bridge and NeMo 1, in the directory of a checkpoint."""
 _PICKLE_LIMIT_NBYTES = 1 << 30
 _NO_PICKLES = (".safetensors", ".json", ".jinja", ".txt", ".distcp")
 """Suffixes of files that are none; the objects in a `.distcp` are found through its metadata."""
@@ -80,7 +82,9 @@ def inspect(source: str | Path, *, step: int | None = None, tensors: bool = Fals
     """
     path = Path(source)
     settings = None
-    if path.suffix in (".yml", ".yaml"):
+    if path.name in _SETTINGS and path.is_file():
+        path = path.parent
+    elif path.suffix in (".yml", ".yaml"):
         from reshard.ops import axolotl
 
         settings, path = path, axolotl.read(path).output_dir
@@ -92,6 +96,10 @@ def inspect(source: str | Path, *, step: int | None = None, tensors: bool = Fals
             path, "", "", None, None, (), 0, 0, 0, {}, (), 0, (), False, str(error), (), "", hint=error.hint or ""
         )  # fmt: skip
     described = _described(path, found, opened, judged, tensors)
+    problem = _against_config(found, opened) if judged is None else None
+    if problem is not None:
+        described = replace(described, complete=False, problem=str(problem), hint=problem.hint or "")
+        return replace(described, facts=facts)
     words = ("merge", settings, "OUT") if settings else _next(path, found, judged, step=step, **choices)
     return replace(described, facts=facts, next_command=command(*words) if words else "")
 
@@ -124,6 +132,26 @@ def _facts(opened: MegatronCheckpoint, judged: Judged) -> dict[str, str]:
         "core": opened.core,
     }
     return {name: value for name, value in rows.items() if value}
+
+
+def _against_config(found: Found, opened: Checkpoint) -> InputError | None:
+    """Why a model is not the whole one that the config beside it describes, as far as its names are the hub's."""
+    from reshard.formats import huggingface
+    from reshard.ops import names
+    from reshard.ops.config import check_complete
+
+    place = next((place for place in found.companions if (place / huggingface.CONFIG).is_file()), None)
+    try:
+        config = opened.config
+        if config is None and place is not None:
+            config = huggingface.companions(place)[0]
+        if config is not None:
+            check_complete(config, names.unwrapped(names.model_only(opened)))
+    except Unsupported:
+        return None
+    except InputError as error:
+        return error
+    return None
 
 
 def _described(path: Path, found: Found, opened: Checkpoint, judged: Judged | None, tensors: bool) -> Inspection:
