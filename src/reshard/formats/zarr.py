@@ -37,7 +37,7 @@ from reshard.errors import Corrupt, Incomplete, NotFound, Unsupported, listed
 from reshard.formats import torch_save
 from reshard.storage import tar
 from reshard.storage.files import Files, LazySource
-from reshard.storage.scratch import Scratch, stream, zstd
+from reshard.storage.scratch import GZIP, ZLIB, Scratch, inflate, stream, zstd
 
 NAME = "zarr"
 HEADER = ".zarray"
@@ -234,28 +234,12 @@ def _lost(name: str, count: int, num_chunks: int, missing: Iterator[str]) -> Inc
 # Each takes the compressed pieces, how many bytes they must give, and where they are, and gives the plain pieces.
 
 
-def _inflated(pieces: Iterator[bytes], where: str, window: int) -> Iterator[bytes]:
-    import zlib
-
-    decoder = zlib.decompressobj(window)
-    try:
-        for piece in pieces:
-            while piece:
-                yield decoder.decompress(piece, _PIECE_NBYTES)
-                piece = decoder.unconsumed_tail
-        yield decoder.flush()
-    except zlib.error as error:
-        raise Corrupt(f"{where}: {error}") from error
-    if not decoder.eof:
-        raise Corrupt(f"{where}: the compressed chunk is cut short")
-
-
 def _zlib(pieces: Iterator[bytes], nbytes: int, where: str) -> Iterator[bytes]:
-    return _inflated(pieces, where, 15)
+    return inflate(pieces, where, ZLIB)
 
 
 def _gzip(pieces: Iterator[bytes], nbytes: int, where: str) -> Iterator[bytes]:
-    return _inflated(pieces, where, 31)
+    return inflate(pieces, where, GZIP)
 
 
 def _decompressed(pieces: Iterator[bytes], where: str, decoder: Any, damage: type[Exception]) -> Iterator[bytes]:

@@ -14,6 +14,9 @@ from reshard.core.tensor import Extent
 from reshard.errors import Corrupt, Unsupported
 from reshard.storage.files import Files
 
+RAW, ZLIB, GZIP = -zlib.MAX_WBITS, zlib.MAX_WBITS, zlib.MAX_WBITS + 16
+"""What a deflate stream lies in."""
+
 _PIECE_NBYTES = 1 << 20
 
 
@@ -63,9 +66,9 @@ def zstd(pieces: Iterable[bytes], where: str) -> Iterator[bytes]:
         raise Corrupt(f"{where}: the zstd frame is cut short")
 
 
-def inflate(pieces: Iterable[bytes], where: str) -> Iterator[bytes]:
-    """The plaintext of a raw deflate stream. Raises Corrupt for damaged ones."""
-    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+def inflate(pieces: Iterable[bytes], where: str, container: int = RAW) -> Iterator[bytes]:
+    """The plaintext of a deflate stream. Raises Corrupt for damaged ones."""
+    decoder = zlib.decompressobj(container)
     try:
         for piece in pieces:
             while piece:
@@ -75,7 +78,7 @@ def inflate(pieces: Iterable[bytes], where: str) -> Iterator[bytes]:
     except zlib.error as error:
         raise Corrupt(f"{where}: {error}") from error
     if not decoder.eof:
-        raise Corrupt(f"{where}: the compressed record is cut short")
+        raise Corrupt(f"{where}: the compressed data is cut short")
 
 
 def stream(files: Files, extent: Extent) -> Iterator[bytes]:
