@@ -11,8 +11,8 @@ Headers that say something of the next one (PAX `x` and `g`, GNU `L` and `K`) ar
 which is shown headers only. Names are normalised, so that `./a/b` and `a/b` are one member; of several with one name
 the last counts, as it does for tar. Refused are links, devices and sparse files, and names that lead out.
 
-A gzip has no places that could be read by themselves: it is decompressed, member by member, into a temporary file
-without a name, which is an archive again and vanishes with the last one who has it open.
+A compressed archive (gzip, bzip2, xz) has no places that could be read by themselves: it is decompressed, member by
+member, into a temporary file without a name, which is an archive again and vanishes with the last one who has it open.
 
 Source: POSIX.1-2017 `pax`, GNU tar manual, "Basic Tar Format".
 """
@@ -22,8 +22,10 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+import shlex
 import shutil
 import stat
+import sys
 import tarfile
 import tempfile
 import threading
@@ -31,6 +33,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -44,8 +47,49 @@ _MAX_NUM_MEMBERS = 1 << 21
 _MAX_DEPTH = 64
 _INFLATED_NBYTES = 1 << 30
 _MAX_RATIO = 100
-"""A gzip may become this many times as large, and _INFLATED_NBYTES in any case."""
-_GZIP = b"\x1f\x8b\x08"
+"""A compressed archive may become this many times as large, and _INFLATED_NBYTES in any case."""
+_XZ_NBYTES = 128 << 20
+"""Of memory for the dictionary; that of `xz -9` takes half."""
+
+
+class Compression(NamedTuple):
+    """A way to compress a whole archive."""
+
+    program: str
+    """Which undoes it, `-dc FILE` writing to stdout."""
+    magic: bytes
+    """What such a file begins with."""
+    decoder: Callable[[], Any]
+    """Of one stream, of which there may be several."""
+
+
+def _gzip() -> Any:
+    return zlib.decompressobj(31)
+
+
+def _bzip2() -> Any:
+    return _imported("bz2").BZ2Decompressor()
+
+
+def _xz() -> Any:
+    lzma = _imported("lzma")
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_NBYTES)
+
+
+def _imported(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise Unsupported(
+            f"the archive needs {name}, which this Python was built without", hint="decompress it first"
+        ) from error
+
+
+COMPRESSIONS = (
+    Compression("gzip", b"\x1f\x8b\x08", _gzip),
+    Compression("bzip2", b"BZh", _bzip2),
+    Compression("xz", b"\xfd7zXZ\0", _xz),
+)
 
 
 class Place(NamedTuple):
@@ -267,13 +311,35 @@ _lock = threading.RLock()
 def is_archive(path: str | Path) -> bool:
     """Whether a file is a tar archive, compressed or not, by its first bytes."""
     with Path(path).open("rb") as file:
-        head = file.read(_PIECE_NBYTES >> 6)
-    if head.startswith(_GZIP):
-        try:
-            head = zlib.decompressobj(31).decompress(head, _BLOCK_NBYTES)
-        except zlib.error:
-            return False
+        head = file.read(_BLOCK_NBYTES)
+        compression = _compression(head)
+        if compression is not None:
+            head = _first(compression.decoder(), head, file)
     return _is_header(head[:_BLOCK_NBYTES])
+
+
+def _compression(head: bytes) -> Compression | None:
+    return next((known for known in COMPRESSIONS if head.startswith(known.magic)), None)
+
+
+def _first(decoder: Any, head: bytes, file: BinaryIO) -> bytes:
+    """The first block of a compressed file, as far as its first MiB tells: bzip2's blocks are nearly as large."""
+    plain, left = b"", head + file.read(_PIECE_NBYTES)
+    try:
+        while len(plain) < _BLOCK_NBYTES and not decoder.eof:
+            piece = decoder.decompress(left, _BLOCK_NBYTES)
+            if not piece:
+                break
+            plain, left = plain + piece, getattr(decoder, "unconsumed_tail", b"")
+    except _broken():
+        return b""
+    return plain
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What decoders raise for bytes that are none of theirs."""
+    lzma = sys.modules.get("lzma")
+    return zlib.error, OSError, *(() if lzma is None else (lzma.LZMAError,))
 
 
 def _is_header(block: bytes) -> bool:
@@ -292,9 +358,9 @@ def opened(path: str) -> Archive:
         about, found = os.stat(path), _archives.get(path)
         if found is None or _stamp(found.status) != _stamp(about):
             with Path(path).open("rb") as file:
-                is_compressed = file.read(3) == _GZIP
+                compression = _compression(file.read(_BLOCK_NBYTES))
                 file.seek(0)
-                found = _compressed(path, file, about) if is_compressed else _plain(path, file, about)
+                found = _compressed(path, file, about, compression) if compression else _plain(path, file, about)
             _archives[path] = found
         return found
 
@@ -308,14 +374,15 @@ def _plain(path: str, file: BinaryIO, about: os.stat_result) -> Archive:
     return Archive(path, about, files, directories, notices)
 
 
-def _compressed(path: str, file: BinaryIO, about: os.stat_result) -> Archive:
+def _compressed(path: str, file: BinaryIO, about: os.stat_result, compression: Compression) -> Archive:
     scratch = _Scratch()
-    stream = _Inflated(path, file, about.st_size, scratch)
+    stream = _Inflated(path, file, about.st_size, scratch, compression)
     files, directories, notices = _members(path, stream)
     stream.finish()
     said = (
-        f"{path} is compressed, and a gzip cannot be read in place: {stream.nbytes} bytes were decompressed into a "
-        f"temporary file in {tempfile.gettempdir()}, which goes when this ends (gunzip it to spare that)"
+        f"{path} is compressed ({compression.program}) and cannot be read in place: {stream.nbytes} bytes were "
+        f"decompressed into a temporary file in {tempfile.gettempdir()}, which goes when this ends "
+        f"(`{stream.command}` spares that)"
     )
     return Archive(path, about, files, directories, (said, *notices), scratch)
 
@@ -379,8 +446,11 @@ class _Headers:
 class _Inflated(_Headers):
     """A compressed archive, decompressed as far as it was asked for."""
 
-    def __init__(self, path: str, file: BinaryIO, nbytes: int, scratch: _Scratch) -> None:
+    def __init__(self, path: str, file: BinaryIO, nbytes: int, scratch: _Scratch, compression: Compression) -> None:
         super().__init__(path, file, nbytes)
+        self.command = f"{compression.program} -dc {shlex.quote(path)} > plain.nemo"
+        """What decompresses it once and for all."""
+        self._new_decoder = compression.decoder
         self.nbytes = 0
         """Decompressed so far."""
         self._scratch = scratch
@@ -395,7 +465,7 @@ class _Inflated(_Headers):
             raise Unsupported(
                 f"{self.path}: {name!s:.300} ends at byte {stop}, and {self._nbytes} compressed bytes may become "
                 f"{self._limit_nbytes}",
-                hint="if you trust it, decompress it with gunzip",
+                hint=f"if you trust it, decompress it: {self.command}",
             )
         self._check_space(name, stop - self.nbytes)
         self._inflate_to(stop)
@@ -406,14 +476,17 @@ class _Inflated(_Headers):
         """Read on to the end, where the checksum is. Raises Incomplete or Corrupt unless it is there and right."""
         self._inflate_to(self._limit_nbytes)
         if not self._ended:
-            raise Unsupported(f"{self.path}: it decompresses to more than {self._limit_nbytes} bytes")
+            raise Unsupported(
+                f"{self.path}: it decompresses to more than {self._limit_nbytes} bytes",
+                hint=f"if you trust it, decompress it: {self.command}",
+            )
 
     def _check_space(self, name: str, nbytes: int) -> None:
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if nbytes > free:
             raise OutputError(
                 f"{self.path}: {name!s:.300} needs {nbytes} bytes in {tempfile.gettempdir()}, which has {free}",
-                hint="TMPDIR=/some/large/disk, or decompress the archive with gunzip",
+                hint=f"TMPDIR=/some/large/disk, or decompress the archive: {self.command}",
             )
 
     def _show(self, offset: int, nbytes: int) -> bytes:
@@ -427,26 +500,32 @@ class _Inflated(_Headers):
             self.nbytes += len(data)
 
     def _next_piece(self) -> bytes:
-        if not self._input:
-            self._input = self._file.read(_PIECE_NBYTES)
         if self._decoder is None:
             self._input = self._input.lstrip(b"\0") or self._file.read(_PIECE_NBYTES).lstrip(b"\0")
             self._ended = not self._input
-            self._decoder = zlib.decompressobj(31)
+            self._decoder = self._new_decoder()
             if self._ended:
                 return b""
-        if not self._input:
+        if not self._input and getattr(self._decoder, "needs_input", True):
+            self._input = self._more()
+        try:
+            data: bytes = self._decoder.decompress(self._input, _PIECE_NBYTES)
+        except _broken() as error:
+            is_large = "Memory usage limit" in str(error)
+            hint = f"decompress it: {self.command}" if is_large else "copy the archive again"
+            raise (Unsupported if is_large else Corrupt)(f"{self.path}: {error}", hint=hint) from error
+        self._input = getattr(self._decoder, "unconsumed_tail", b"") or self._decoder.unused_data
+        if self._decoder.eof:
+            self._decoder = None
+        return data
+
+    def _more(self) -> bytes:
+        data = self._file.read(_PIECE_NBYTES)
+        if not data:
             raise Incomplete(
                 f"{self.path}: the compressed archive is cut short after {self._file.tell()} bytes",
                 hint="the archive was truncated or is still being written: copy it again",
             )
-        try:
-            data: bytes = self._decoder.decompress(self._input, _PIECE_NBYTES)
-        except zlib.error as error:
-            raise Corrupt(f"{self.path}: {error}", hint="copy the archive again") from error
-        self._input = self._decoder.unconsumed_tail or self._decoder.unused_data
-        if self._decoder.eof:
-            self._decoder = None
         return data
 
 
