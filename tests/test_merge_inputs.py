@@ -46,6 +46,39 @@ def test_a_copy_that_shares_the_models_storage_is_not_the_model(tmp_path: Path) 
     assert equals(tmp_path / "out.safetensors", {"model.w": state["w"]})
 
 
+# ------------------------------------------------------------------------------------------------ which of several
+
+
+def test_a_step_is_taken_from_a_run_that_holds_its_final_model_too(tmp_path: Path) -> None:
+    for step in (400, 500):
+        write_dcp(tmp_path / f"run/checkpoint-{step}/pytorch_model_fsdp_0", model(1, seed=step), prefix=("model",))
+    save_file(model(1, seed=600), tmp_path / "run/model.safetensors")
+    reshard.merge(tmp_path / "run", tmp_path / "step", step=400)
+    assert equals(tmp_path / "step", model(1, seed=400))
+    merged = reshard.merge(tmp_path / "run", tmp_path / "final")
+    assert equals(tmp_path / "final", model(1, seed=600))
+    assert [notice for notice in merged.notices if "--step takes one of 400, 500" in notice]
+    with pytest.raises(NotFound, match="no checkpoint of step 7"):
+        reshard.merge(tmp_path / "run", tmp_path / "none", step=7)
+
+
+def test_a_step_that_nothing_confirms_is_told(tmp_path: Path) -> None:
+    write_dcp(tmp_path / "some", model(1))
+    merged = reshard.merge(tmp_path / "some", tmp_path / "out", step=4)
+    assert [notice for notice in merged.notices if "--step 4 chose nothing" in notice]
+
+
+def test_names_that_the_config_does_not_know_are_told(tmp_path: Path) -> None:
+    both = {f"{who}.{fqn}": t for who in ("student", "teacher") for fqn, t in workspace.state_of().items()}
+    torch.save({"state_dict": both}, tmp_path / "both.ckpt")
+    base = str(workspace.write_base(tmp_path / "base"))
+    merged = reshard.merge(tmp_path / "both.ckpt", tmp_path / "out", base=base)
+    assert [notice for notice in merged.notices if f"{len(both)} of {len(both)} tensors have names" in notice]
+    merged = reshard.merge(tmp_path / "both.ckpt", tmp_path / "student", base=base, include=("student.*",))
+    assert [notice for notice in merged.notices if "have names" in notice] == []
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+
+
 # ---------------------------------------------------------------------------------------- a model with an adapter in it
 
 

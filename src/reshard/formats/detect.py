@@ -23,11 +23,12 @@ recognised child. Nothing but names, sizes and the first bytes of single files i
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reshard.errors import Incomplete, InputError, NotFound, listed
+from reshard.errors import Incomplete, InputError, NotFound, Unsupported, listed
 from reshard.formats.megatron_directory import TRACKER, directory_of, has_optimizer, is_rank_directory, recognise
 from reshard.storage import tar
 from reshard.storage.tar import ArchivePath
@@ -118,6 +119,9 @@ def find(path: Path, *, step: int | None = None, state_dict_dirname: str | None 
         raise _nothing(path, step)
     if step is not None and found.step is not None and found.step != step:
         raise NotFound(f"{path} is step {found.step}, not {step}")
+    if step is not None and found.step is None:
+        said = f"{found.root} does not tell its step: --step {step} chose nothing"
+        found = replace(found, notices=(*found.notices, said))
     return replace(found, companions=_companions(found))
 
 
@@ -157,7 +161,24 @@ def _of_file(path: Path) -> Found:
         raise Incomplete(f"{path}: the save did not finish", hint="use an earlier checkpoint")
     if name.endswith(".safetensors"):
         return _single(path, "safetensors", "safetensors")
+    _check_not_compressed(path)
     return _single(path, "torch_save", "torch.save")
+
+
+_COMPRESSED = {known.magic: known.program for known in tar.COMPRESSIONS} | {b"(\xb5/\xfd": "zstd", b'\x04"M\x18': "lz4"}
+"""What files begin with, and the programs that undo it."""
+
+
+def _check_not_compressed(path: Path) -> None:
+    """Raise Unsupported for a file that is compressed as a whole, and no archive of tar's that could be read so."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    program = next((program for magic, program in _COMPRESSED.items() if head.startswith(magic)), None)
+    if program is not None:
+        raise Unsupported(
+            f"{path} is compressed ({program}), and not read so",
+            hint=f"{program} -dc {shlex.quote(str(path))} > {shlex.quote(path.stem)}-plain, and name that",
+        )
 
 
 def _whole_of(path: Path) -> Path | None:
@@ -203,20 +224,34 @@ def _of_directory(path: Path, step: int | None, dirname: str | None, depth: int)
     megatron = _megatron(path, step) if dirname is None else None
     if megatron is not None:
         return megatron
+    children = numbered(path)
     if dirname is None or path.name == dirname:
-        for recognise in (_accelerate, _dcp, _rank_files, _hf_sharded, _full, _whole, _deepspeed, _zarr):
-            found = recognise(path, names)
-            if found is not None:
-                return found
+        found = _here(path, names)
+        if found is not None and (step is None or found.step is not None or not children):
+            return _beside_numbered(found, children)
     if depth == 0:
         return None
     tagged = _latest(path, names) if step is None and dirname is None else None
     if tagged is not None:
         return tagged
-    children = numbered(path)
     if children:
         return _newest(path, children, step, dirname, depth)
     return _below(path, names, step, dirname, depth)
+
+
+def _here(path: Path, names: Sequence[str]) -> Found | None:
+    """What is in a directory itself."""
+    ways = (_accelerate, _dcp, _rank_files, _hf_sharded, _full, _whole, _deepspeed, _zarr)
+    return next((found for recognise in ways if (found := recognise(path, names)) is not None), None)
+
+
+def _beside_numbered(found: Found, children: Sequence[tuple[int, Path]]) -> Found:
+    """What a run holds itself, as the Trainer saves it at the end; a notice tells of its numbered checkpoints."""
+    if not children or found.step is not None:
+        return found
+    steps = listed(str(step) for step, _ in children)
+    said = f"{found.root} holds a model beside its checkpoints, which is read; --step takes one of {steps}"
+    return replace(found, notices=(*found.notices, said))
 
 
 def _named_directory(path: Path, dirname: str) -> Found:

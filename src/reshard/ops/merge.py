@@ -22,7 +22,7 @@ from reshard.core.checkpoint import Checkpoint, same_bytes
 from reshard.core.compute import cast
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Tensor, leaves
-from reshard.errors import Corrupt, NotFound, OutputError, Unsupported, command, listed
+from reshard.errors import Corrupt, InputError, NotFound, OutputError, Unsupported, command, listed
 from reshard.formats import open_found
 from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find, shards_in
 from reshard.ops import names, tie
@@ -357,7 +357,28 @@ def _as_huggingface(checkpoint: Checkpoint, whole: bool, ways: Ways = _WAYS) -> 
     checkpoint = tie(transformers.to_hub(checkpoint, config), config)
     if whole:
         check_complete(config, checkpoint, f"a loader would initialise them anew; {ways.partial}")
-    return checkpoint
+    return _with_strangers_said(checkpoint, config)
+
+
+def _with_strangers_said(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """With a notice where most names are not those of the config's model, so that a loader would find little."""
+    from reshard.dialects.shapes import parameter_shapes
+    from reshard.formats import huggingface
+
+    if huggingface.is_adapter(checkpoint):
+        return checkpoint
+    try:
+        known = parameter_shapes(config)
+    except InputError:
+        return checkpoint
+    strange = [fqn for fqn in checkpoint.tensors if fqn not in known]
+    if 2 * len(strange) < len(checkpoint.tensors) or known.keys() <= checkpoint.tensors.keys():
+        return checkpoint
+    said = (
+        f"{len(strange)} of {len(checkpoint.tensors)} tensors have names that the model of config.json has not, such as"
+        f" {listed(strange, 2)}: it will not load from them (--include takes a part of a checkpoint)"
+    )
+    return replace(checkpoint, notices=(*checkpoint.notices, said))
 
 
 def _check_one_model(checkpoint: Checkpoint) -> None:
