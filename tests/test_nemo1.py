@@ -435,7 +435,9 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "scaling that is switched off": ({"scale_factor": 32.0}, {"rope_scaling": False}),
     "interpolation": ({"seq_len_interpolation_factor": 2.0}, {"seq_len_interpolation_factor": 2.0}),
-    "experts": ({"num_moe_experts": 4}, {"moe_router_topk": 2, "moe_router_pre_softmax": False}),
+    "experts": (
+        {"num_moe_experts": 4}, {"moe_router_topk": 2, "moe_router_pre_softmax": False, "moe_aux_loss_coeff": 0},
+    ),
     "a field by reference": ({"encoder_seq_length": "${max_position_embeddings}"}, {"seq_length": 128}),
     "what is set on Megatron's config itself": (
         {"mcore_customization_config": {"attention_softmax_in_fp32": True}}, {"attention_softmax_in_fp32": True},
@@ -462,6 +464,10 @@ def test_a_field_means_what_nemo_1_takes_it_for(case: str, tmp_path: Path) -> No
         ({"num_layers": "${multiply:2,3}"}, "num_layers"),
         ({"ffn_hidden_size": [96]}, r"ffn_hidden_size \[96\]"),
         ({"normalization": ["rmsnorm"]}, "the normalization"),
+        ({"seq_len_interpolation_factor": "2"}, "seq_len_interpolation_factor '2'"),
+        ({"scale_positional_embedding": True, "scale_factor": "8"}, "rope_scaling_factor '8'"),
+        ({"bias": "false"}, "add_bias_linear 'false'"),
+        ({"mcore_customization_config": ["moe_router_topk"]}, "is no mapping"),
         (
             {"target": "nemo.collections.nlp.models.language_modeling.megatron_bert_model.MegatronBertModel"},
             "BertModel",
@@ -497,7 +503,13 @@ def test_the_archives_rotary_base_is_that_of_the_converted_model(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "fields",
-    [{"ffn_hidden_size": 100}, {"num_query_groups": 4}, {"num_attention_heads": 16}, {"hidden_size": 65}],
+    [
+        {"ffn_hidden_size": 100},
+        {"num_query_groups": 4},
+        {"num_attention_heads": 16},
+        {"hidden_size": 65},
+        {"num_layers": -1},
+    ],
 )
 @pytest.mark.parametrize("to", ["nemo2", "torch_dist", "hf"])
 def test_settings_that_the_tensors_contradict_are_not_written_beside_them(
@@ -632,10 +644,11 @@ def test_config_json_has_the_special_tokens_of_a_sentencepiece_model(
     assert {key: value for key, value in config.items() if key.endswith("_token_id")} == want
 
 
-def test_heads_that_are_turned_in_part_are_not_said_of_models_that_turn_whole_ones(tmp_path: Path) -> None:
-    source = pack(tmp_path / "m.nemo", members(rotary_percentage=0.5))
-    with pytest.raises(Unsupported, match=r"turns 0\.5 of each head: .* turns whole heads"):
-        converted(source, tmp_path)
+def test_a_llama_whose_heads_are_turned_in_part_is_what_turns_them_so(tmp_path: Path) -> None:
+    source = pack(tmp_path / "m.nemo", members(rotary_percentage=0.5, window_size=None))
+    converted(source, tmp_path)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["model_type"], config["partial_rotary_factor"]) == ("phi3", 0.5)
     reshard.convert(source, tmp_path / "n2", to="nemo2")
     assert nemo2_context.read(tmp_path / "n2/context").config.get("rotary_percent") == 0.5
 

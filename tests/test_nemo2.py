@@ -59,12 +59,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 8, "norm_topk_prob": True}),
     "gemma": ("gemma", {"head_dim": 8, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "starcoder2": ("starcoder2", {"sliding_window": 32, "use_bias": True, "tie_word_embeddings": True}),
+    "starcoder2 with NeMo's own GELU": ("starcoder2", {"hidden_act": "gelu", "use_bias": True}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.5}),
+    "llama with another activation": ("llama", {"hidden_act": "relu"}),
 }
 CLASSES = {
     "llama": "llama.LlamaConfig", "llama3.1": "llama.Llama31Config", "mistral": "mistral.MistralConfig7B",
     "mistral without a window": "mistral.MistralConfig7B", "mixtral": "mixtral.MixtralConfig",
     "nemotron": "nemotron.NemotronConfig", "qwen2": "qwen2.Qwen2Config", "qwen3": "qwen3.Qwen3Config",
     "qwen3_moe": "qwen3.Qwen3MoEConfig", "gemma": "gemma.GemmaConfig", "gemma2": "gemma2.Gemma2Config",
+    "starcoder2": "starcoder2.Starcoder2Config", "starcoder2 with NeMo's own GELU": "starcoder2.Starcoder2Config",
+    "phi3": "phi3mini.Phi3Config", "llama with another activation": "llama.LlamaConfig",
 }  # fmt: skip
 
 
@@ -161,6 +167,23 @@ def test_nemo_becomes_every_other_format(to: str, tmp_path: Path) -> None:
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "nemo2", *dtype]) == 0
     assert main(["convert", str(tmp_path / "b"), str(tmp_path / "hf"), "--to", "hf", *dtype]) == 0
     assert differing(TRUTH, tmp_path / "hf") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("starcoder2", "nemo.collections.llm.fn.activation.openai_gelu"),
+        ("starcoder2 with NeMo's own GELU", None),
+        ("llama with another activation", "torch.nn.functional.relu"),
+    ],
+)
+def test_an_activation_is_written_where_the_class_has_another(
+    name: str, function: str | None, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    reshard.convert(models(name), tmp_path / "nemo2", to="nemo2")
+    given = arguments(tmp_path / "nemo2")
+    expected = (None, None) if function is None else (Symbol.of(function), False)
+    assert (given.get("activation_func"), given.get("bias_activation_fusion")) == expected
 
 
 def test_rows_that_pad_the_vocabulary_stay(models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -373,6 +396,19 @@ def test_embeddings_are_multiplied_by_gemmas_class_alone(models: Callable[[str],
     text = tmp_path / "nemo2/context/io.json"
     text.write_text(text.read_text().replace('"GemmaModel"', '"GPTModel"'))
     with pytest.raises(Unsupported, match="gemma: the checkpoint says apply_embedding_scaling False, not True"):
+        reshard.convert(tmp_path / "nemo2", tmp_path / "hf", to="hf")
+
+
+def test_heads_that_are_turned_in_part_are_not_said_of_models_that_turn_whole_ones(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    reshard.convert(models("starcoder2"), tmp_path / "nemo2", to="nemo2")
+    (tmp_path / "nemo2/context/model.yaml").unlink()
+    text = tmp_path / "nemo2/context/io.json"
+    percent = """["Attr(name='rotary_percent')", {"type": "leaf", "value": 1.0"""
+    assert percent in text.read_text()
+    text.write_text(text.read_text().replace(percent, percent.replace("1.0", "0.5")))
+    with pytest.raises(Unsupported, match=r"turns 0\.5 of each head: Starcoder2ForCausalLM .* turns whole heads"):
         reshard.convert(tmp_path / "nemo2", tmp_path / "hf", to="hf")
 
 

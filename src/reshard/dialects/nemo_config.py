@@ -35,6 +35,8 @@ _FAMILIES = {
     "qwen3_moe": ("qwen3.Qwen3Model", "qwen3.Qwen3MoEConfig"),
     "gemma": ("gemma.GemmaModel", "gemma.GemmaConfig"),
     "gemma2": ("gemma2.Gemma2Model", "gemma2.Gemma2Config"),
+    "starcoder2": ("starcoder2.Starcoder2Model", "starcoder2.Starcoder2Config"),
+    "phi3": ("phi3mini.Phi3Model", "phi3mini.Phi3Config"),
 }
 """By family, the classes of the model and of its config."""
 
@@ -63,8 +65,10 @@ _NOT_NEMOS = frozenset(
 _CALLABLES = {
     "silu": "torch.nn.functional.silu",
     "gelu": "torch.nn.functional.gelu",
+    "relu": "torch.nn.functional.relu",
     "squared_relu": "nemo.collections.llm.fn.activation.squared_relu",
     "openai_gelu": "nemo.collections.llm.fn.activation.openai_gelu",
+    "fast_gelu": "nemo.collections.llm.fn.activation.openai_gelu",
     "gemma2_layer_spec": f"{MODULE}gemma2.gemma2_layer_spec",
 }
 
@@ -94,7 +98,14 @@ def config_call(settings: Values, family: str, rope: Values, vocab_size: int | N
     arguments = {name: values[name] for name in _SPELLED if name in values and not _is_unset(name, values, own)}
     if "params_dtype" in arguments:
         arguments["params_dtype"] = Symbol("torch", str(arguments["params_dtype"]))
-    return Call(Symbol.of(MODULE + short), arguments)
+    return Call(Symbol.of(MODULE + short), {**arguments, **_function(values, own)})
+
+
+def _function(values: Values, own: Values) -> Values:
+    """The activation, where the class has another: Megatron-Core refuses to fuse those that it has no kernel for."""
+    if _activation(values.get("activation_func")) == _activation(own.get("activation_func")):
+        return {}
+    return {"activation_func": Symbol.of(_CALLABLES[str(values["activation_func"])]), "bias_activation_fusion": False}
 
 
 def model_class(family: str) -> Symbol:
@@ -159,7 +170,7 @@ def _check_expressed(values: Values, own: Values, short: str) -> None:
         if values.get(name) is not None and name not in own and name not in _ALWAYS_THERE
     ]
     function = values.get("activation_func")
-    if _activation(function) != _activation(own.get("activation_func")):
+    if _activation(function) != _activation(own.get("activation_func")) and function not in _CALLABLES:
         left.append(f"activation_func {function!r:.60}")
     if values.get("position_embedding_type") not in ("rope", "learned_absolute"):
         left.append(f"position_embedding_type {values.get('position_embedding_type')!r:.60}")

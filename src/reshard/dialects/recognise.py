@@ -159,7 +159,7 @@ def _check_counts(stated: Values, num_tensors: int) -> None:
     counts |= {name: tower.get(name) or 0 for name in ("depth", "num_hidden_layers")}
     counts["hybrid_layer_pattern"] = len(str(stated.get("hybrid_layer_pattern") or "").replace("|", ""))
     for name, count in counts.items():
-        if type(count) is not int or count > num_tensors:
+        if type(count) is not int or not 0 <= count <= num_tensors:
             raise Mismatch(f"the settings say {name} {count!r:.100}, and there are {num_tensors} tensors")
 
 

@@ -17,6 +17,7 @@ Source: NeMo `collections/nlp/models/language_modeling/megatron_base_model.py:bu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 """What NeMo 1's code takes for what a YAML leaves out."""
 
-_EXPERT_DEFAULTS: Mapping[str, Any] = {"moe_router_topk": 2, "moe_router_pre_softmax": False}
+_EXPERT_DEFAULTS: Mapping[str, Any] = {"moe_router_topk": 2, "moe_router_pre_softmax": False, "moe_aux_loss_coeff": 0}
 
 _RENAMED = {
     "encoder_seq_length": "seq_length",
@@ -145,8 +146,11 @@ def _settings(document: Mapping[str, Any], where: str) -> Settings:
     for derive in (_attention, _norm, _activation, _window, _scaling, _fp8):
         values |= derive(stated, where)
     more = stated.get("mcore_customization_config")
+    if more is not None and not isinstance(more, Mapping):
+        raise Unsupported(f"{where}: the mcore_customization_config {more!r:.60} is no mapping")
     values |= {str(name): value for name, value in more.items()} if isinstance(more, Mapping) else {}
     _check_numbers(values, where)
+    _check_flags(values, where)
     _check_computed(stated, where)
     return megatron_settings.settings(values, MODEL_CONFIG, None)
 
@@ -177,16 +181,31 @@ def _resolved(document: Mapping[str, Any], value: Any) -> Any:
 
 
 def _check_numbers(values: Mapping[str, Any], where: str) -> None:
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-             "seq_length", "rotary_base", "layernorm_epsilon", "num_moe_experts")  # fmt: skip
     wrong = [
         f"{name} {values[name]!r:.100}"
-        for name in names
-        if values.get(name) is not None and type(values[name]) not in (int, float)
+        for name in _NUMBERS
+        if values.get(name) is not None and (type(values[name]) not in (int, float) or not abs(values[name]) < math.inf)
     ]
     if wrong:
         raise Unsupported(f"{where}: numbers were expected for {listed(wrong)}",
                           hint="write the numbers in: OmegaConf would compute them")  # fmt: skip
+
+
+_NUMBERS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "seq_length", "max_position_embeddings", "rotary_base", "rotary_percent", "seq_len_interpolation_factor",
+    "rope_scaling_factor", "low_freq_factor", "high_freq_factor", "old_context_len", "layernorm_epsilon",
+    "init_method_std", "vocab_size", "make_vocab_size_divisible_by", "num_moe_experts", "moe_router_topk",
+    "moe_ffn_hidden_size", "moe_aux_loss_coeff",
+)  # fmt: skip
+_FLAGS = ("share_embeddings_and_output_weights", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
+          "apply_embedding_scaling", "rotary_interleaved", "moe_router_pre_softmax")  # fmt: skip
+
+
+def _check_flags(values: Mapping[str, Any], where: str) -> None:
+    wrong = [f"{name} {values[name]!r:.100}" for name in _FLAGS if not isinstance(values.get(name, False), bool)]
+    if wrong:
+        raise Unsupported(f"{where}: true or false was expected for {listed(wrong)}")
 
 
 def _check_computed(stated: Mapping[str, Any], where: str) -> None:

@@ -371,6 +371,35 @@ _CLASSES: Mapping[str, Mapping[str, _Class]] = {
         "Gemma2Config9B": _class("Gemma2Config", 42, 3584, 16, 8, 14336, query_pre_attn_scalar=256),
         "Gemma2Config27B": _class("Gemma2Config", 46, 4608, 32, 16, 36864, query_pre_attn_scalar=144),
     },
+    "starcoder2": {
+        "Starcoder2Config": _class(
+            "GPTConfig",
+            normalization="LayerNorm",
+            activation_func="gelu",
+            add_bias_linear=True,
+            seq_length=16384,
+            position_embedding_type="rope",
+            rotary_percent=1.0,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            init_method_std=0.01,
+            share_embeddings_and_output_weights=False,
+            layernorm_epsilon=1e-5,
+        ),
+        "Starcoder2Config3B": _class(
+            "Starcoder2Config", 30, 3072, 24, 2, 12288, init_method_std=0.018042, rotary_base=999999.4420358813
+        ),
+        "Starcoder2Config7B": _class(
+            "Starcoder2Config", 32, 4608, 36, 4, 18432, init_method_std=0.018042, rotary_base=1_000_000
+        ),
+        "Starcoder2Config15B": _class(
+            "Starcoder2Config", 40, 6144, 48, 4, 24576, init_method_std=0.01275, rotary_base=100_000
+        ),
+    },
+    "phi3mini": {
+        "Phi3Config": _class("GPTConfig", **_GATED, seq_length=4096, share_embeddings_and_output_weights=False),
+        "Phi3ConfigMini": _class("Phi3Config", 32, 3072, 32, 32, 8192, rotary_base=10000.0, vocab_size=32064),
+    },
 }
 """By module and name."""
 
