@@ -143,6 +143,25 @@ def test_embeddings_and_a_head_of_two_sizes_fit_no_config() -> None:
         reconcile(config(), tensors)
 
 
+@pytest.mark.parametrize("part", [{"model_type": "mllama"}, {"text_config": {"model_type": "mllama_text_model"}}])
+def test_embeddings_that_have_more_rows_than_the_head_by_design_change_nothing(part: dict[str, Any]) -> None:
+    said = {"vocab_size": 32} | part
+    if "text_config" in part:
+        said = {"text_config": {"vocab_size": 32} | part["text_config"]}
+    tensors = weights(rows=40) | {"lm_head.weight": tensor("bfloat16", 32, 8)}
+    assert reconcile(said, tensors) == (said, [])
+
+
+def test_the_embeddings_of_a_decoder_with_a_vocabulary_of_its_own_do_not_count() -> None:
+    said = {"model_type": "marian", "vocab_size": 32, "decoder_vocab_size": 40}
+    tensors = {
+        "model.encoder.embed_tokens.weight": tensor("float32", 32, 8),
+        "model.decoder.embed_tokens.weight": tensor("float32", 40, 8),
+        "lm_head.weight": tensor("float32", 40, 8),
+    }
+    assert reconcile(said, tensors) == (said, [])
+
+
 def test_the_given_config_is_not_touched() -> None:
     given = config(dtype="float32", text_config={"dtype": "float32"})
     reconcile(given, weights("bfloat16"))

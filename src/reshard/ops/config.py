@@ -20,6 +20,8 @@ _WEIGHTS = ("F16", "BF16", "F32", "F64")
 """Types that a config may name; 8-bit weights are described by `quantization_config`."""
 _HEAD = re.compile(r"(?:^|\.)(?:\w*head|embed_out|proj_out|output_projection|output)\.")
 """In the FQN of anything that may be an output layer, whatever a family calls it."""
+_EXTRA_ROWS = {"mllama": 8, "mllama_text_model": 8, "moshi": 1}
+"""Rows of the embeddings beyond `vocab_size`, by model type: tokens that are read and never written."""
 _WITH_HEAD = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -123,8 +125,14 @@ def _vocabulary(config: Mapping[str, Any], tensors: Mapping[str, Tensor], change
     rows = tensors[source].shape[0]
     heads = {tensors[head].shape[0] for head in tie.HEADS if head in tensors and tensors[head].shape}
     result = dict(config)
+    if (
+        ".decoder." in source and config.get("decoder_vocab_size") is not None
+    ):  # Marian's; `vocab_size` is the encoder's
+        return config
     for path, part in (("", config), ("text_config.", config.get("text_config"))):
         if isinstance(part, Mapping) and isinstance(part.get("vocab_size"), int) and part["vocab_size"] != rows:
+            if part["vocab_size"] + _EXTRA_ROWS.get(str(part.get("model_type")), 0) == rows:
+                continue
             if heads - {rows} or rows < part["vocab_size"]:
                 raise Mismatch(
                     f"{path}vocab_size is {part['vocab_size']} in config.json, {source} has {rows} rows"
