@@ -9,7 +9,7 @@ import pytest
 
 import workspace
 from checkpoints import write_dcp
-from reshard.errors import Incomplete, InputError, NotFound
+from reshard.errors import Incomplete, InputError, NotFound, Unsupported
 from reshard.formats import open_path
 from reshard.formats.detect import find, numbered
 
@@ -175,3 +175,11 @@ def test_config_and_tokenizer_are_looked_for_nearby(home: Path) -> None:
 def test_two_spellings_of_one_path_are_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home / "output")
     assert find(Path(".")).root == find(home / "output/../output").root == find(home / "output").root
+
+
+@pytest.mark.parametrize("head, program", [(b"(\xb5/\xfd", "zstd"), (b"\x1f\x8b\x08", "gzip"), (b"\xfd7zXZ\0", "xz")])
+def test_a_file_that_is_compressed_is_called_so(head: bytes, program: str, tmp_path: Path) -> None:
+    (tmp_path / "a b.pt").write_bytes(head + bytes(900))
+    with pytest.raises(Unsupported, match=rf"a b\.pt is compressed \({program}\)") as raised:
+        find(tmp_path / "a b.pt")
+    assert raised.value.hint == f"{program} -dc '{tmp_path}/a b.pt' > 'a b'-plain, and name that"
