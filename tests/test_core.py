@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from reshard.core.box import Box
-from reshard.core.compute import Cast, Mean, byteswap, cast, conjugate, negate, round_into
+from reshard.core.compute import Cast, byteswap, cast, conjugate, negate, round_into
 from reshard.core.dtypes import DTYPES, dtype
 from reshard.core.tensor import (
     Array,
@@ -31,7 +31,7 @@ from reshard.core.tensor import (
     tiling_problem,
     unsqueeze,
 )
-from reshard.errors import Corrupt, Incomplete, Mismatch, Unsupported
+from reshard.errors import Corrupt, Incomplete, Unsupported
 from reshard.storage.plan import blocks
 
 U16 = dtype("U16")
@@ -347,120 +347,3 @@ def test_signs_are_bits() -> None:
     numbers = np.array([1.0, -0.0, math.nan], np.float32)
     read = negate(Literal(dtype("F32"), (3,), numbers.tobytes())).read(Memory())
     assert np.array_equal(read, (-numbers).view("u4"))
-
-
-# ----------------------------------------------------------------------------------------------------------- means
-
-MEANS = [dtype("BF16"), dtype("F16"), dtype("F32")]
-
-
-def bit_patterns(kind: Any) -> st.SearchStrategy[int]:
-    """Finite numbers: of all sizes, near one another, denormal, with long runs of zeros and ones."""
-    width = 8 * kind.itemsize
-    mantissa = int(ml_dtypes.finfo(kind.number).nmant)
-    one = int(np.ones(1, kind.number).view(kind.storage)[0])
-    top = int(np.array([ml_dtypes.finfo(kind.number).max], kind.number).view(kind.storage)[0])
-    magnitude = st.one_of(
-        st.integers(0, top),
-        st.integers(one - (2 << mantissa), one + (2 << mantissa)),
-        st.integers(0, 1 << mantissa),
-        st.sampled_from([0, 1, one, one + 1, one - 1, top, 1 << mantissa]),
-    )
-    return st.builds(lambda m, s: m | s << (width - 1), magnitude, st.integers(0, 1))
-
-
-def mean_of(kind: Any, rows: list[list[int]], weights: list[float], to: Any) -> list[float]:
-    parts = tuple(Literal(kind, (len(row),), np.array(row, kind.storage).tobytes()) for row in rows)
-    tensor = Mean(to, (len(rows[0]),), parts, tuple(weights))
-    return [float(x) for x in tensor.read(Memory()).view(to.number)]
-
-
-def exact_mean(kind: Any, row: list[int], weights: list[float], to: Any) -> float:
-    values = [Fraction(float(np.array([b], kind.storage).view(kind.number)[0])) for b in row]
-    mean = sum(v * Fraction(w) for v, w in zip(values, weights, strict=True)) / sum(map(Fraction, weights))
-    return rounded_fraction(mean, to)
-
-
-def rounded_fraction(exact: Fraction, to: Any) -> float:
-    finfo = ml_dtypes.finfo(to.number)
-    if not exact:
-        return 0.0
-    exponent = exact.numerator.__abs__().bit_length() - exact.denominator.bit_length()
-    while Fraction(2) ** exponent > abs(exact):
-        exponent -= 1
-    while Fraction(2) ** (exponent + 1) <= abs(exact):
-        exponent += 1
-    unit = Fraction(2) ** (max(exponent, int(finfo.minexp)) - int(finfo.nmant))
-    quotient = exact / unit
-    low, rest = divmod(quotient, 1)
-    low += rest > Fraction(1, 2) or (rest == Fraction(1, 2) and low % 2 == 1)
-    result = low * unit
-    return math.copysign(math.inf, exact) if abs(result) > Fraction(float(finfo.max)) else float(result)
-
-
-@pytest.mark.parametrize("kind", MEANS, ids=lambda d: d.name)
-@given(data=st.data())
-@settings(max_examples=200, deadline=None)
-def test_the_mean_of_equal_weights_is_correctly_rounded(kind: Any, data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 7))
-    row = [data.draw(bit_patterns(kind)) for _ in range(count)]
-    weight = data.draw(st.sampled_from([1.0, 0.1, 3.0]))
-    found = mean_of(kind, [[bits] for bits in row], [weight] * count, kind)
-    assert found == [exact_mean(kind, row, [1.0] * count, kind)]
-
-
-@pytest.mark.parametrize("kind", MEANS, ids=lambda d: d.name)
-@given(data=st.data())
-@settings(max_examples=200, deadline=None)
-def test_a_weighted_mean_is_correctly_rounded(kind: Any, data: st.DataObject) -> None:
-    count = data.draw(st.integers(2, 5))
-    row = [data.draw(bit_patterns(kind)) for _ in range(count)]
-    weights = [data.draw(st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0])) for _ in range(count)]
-    assert mean_of(kind, [[bits] for bits in row], weights, kind) == [exact_mean(kind, row, weights, kind)]
-
-
-@pytest.mark.parametrize("to", MEANS, ids=lambda d: d.name)
-@given(data=st.data())
-@settings(max_examples=100, deadline=None)
-def test_the_mean_of_two_neighbours_is_a_tie_and_goes_to_even(to: Any, data: st.DataObject) -> None:
-    bits = data.draw(st.integers(1, (1 << 8 * to.itemsize - 2) - 1))
-    assert mean_of(to, [[bits], [bits + 1]], [1.0, 1.0], to) == [exact_mean(to, [bits, bits + 1], [1, 1], to)]
-    far = data.draw(st.integers(1, 40))  # a third number that only the exact sum sees
-    row = [bits, bits, bits + 1, bits + 1, far]
-    assert mean_of(to, [[b] for b in row], [1.0] * 5, to) == [exact_mean(to, row, [1] * 5, to)]
-
-
-@given(st.data())
-@settings(max_examples=100, deadline=None)
-def test_a_mean_may_be_cast_on_the_way(data: st.DataObject) -> None:
-    kind, to = dtype("F32"), dtype("BF16")
-    row = [data.draw(bit_patterns(kind)) for _ in range(3)]
-    assert mean_of(kind, [[b] for b in row], [1.0] * 3, to) == [exact_mean(kind, row, [1] * 3, to)]
-
-
-def test_the_mean_of_one_is_itself() -> None:
-    for kind in MEANS:
-        values = numbers(kind, 1 << 12)
-        with np.errstate(invalid="ignore"):  # signalling NaN
-            values = values[np.isfinite(values.astype(np.float64))]
-        tensor = Mean(kind, values.shape, (Literal(kind, values.shape, values.tobytes()),), (3.0,))
-        read = tensor.read(Memory()).view(kind.number)
-        assert np.array_equal(read.astype(np.float64), values.astype(np.float64))
-
-
-def test_nan_and_infinity_go_through_a_mean_and_are_reported() -> None:
-    seen = []
-    rows = [np.array([1, math.nan, math.inf, math.inf], np.float32), np.array([3, 1, 1, -math.inf], np.float32)]
-    parts = tuple(Literal(dtype("F32"), (4,), row.tobytes()) for row in rows)
-    tensor = Mean(dtype("F32"), (4,), parts, (1.0, 1.0), report=lambda index, count: seen.append((index, count)))
-    read = tensor.read(Memory()).view(np.float32)
-    assert read[0] == 2
-    assert np.isnan(read[1])
-    assert read[2] == math.inf
-    assert np.isnan(read[3])
-    assert seen == [(0, 3), (1, 1)]
-
-
-def test_a_mean_of_different_shapes_is_refused() -> None:
-    with pytest.raises(Mismatch):
-        Mean(U16, (2,), (Filled(U16, (2,), b"\0\0"), Filled(U16, (3,), b"\0\0")), (1.0, 1.0))

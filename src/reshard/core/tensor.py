@@ -9,7 +9,7 @@ placing and nothing is copied twice.
 
     leaves      Stored (bytes of a file) · Filled (one value)
     movement    Slice · Concat (of boxes) · Permute · Flatten · Unflatten
-    arithmetic  in `compute.py`
+    arithmetic  in `compute.py` and `mean.py`
 
 Nodes are immutable and check themselves when they are made. In particular a Concat whose parts leave a hole or overlap
 cannot exist, which is the proof that every output element has exactly one source.

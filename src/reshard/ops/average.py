@@ -1,6 +1,6 @@
 """average: the mean of checkpoints, straight from their shards.
 
-The sources may be of any mixture of formats. Each block is read from all of them, summed in float64, divided and
+The sources may be of any mixture of formats. Each block is read from all of them, summed, divided and
 rounded once. What is not a floating-point tensor must agree, or is taken from the last and named.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reshard.core.checkpoint import same_bytes
-from reshard.core.compute import Mean
 from reshard.core.dtypes import DType, dtype
+from reshard.core.mean import Mean
 from reshard.core.tensor import Tensor
 from reshard.errors import InputError, Mismatch, NotFound, listed
 from reshard.formats.detect import find, numbered
