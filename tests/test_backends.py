@@ -6,6 +6,7 @@ that one of them left.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -375,6 +376,31 @@ def ended(backend: command.Program, request: Request, within_s: float = 30.0) ->
 
 def shell(script: str, *words: str) -> command.Program:
     return command.make(EvalConfig(backend="command", command=("/bin/sh", "-c", script, "eval", *words), tasks=("t",)))
+
+
+def test_a_script_is_found_though_the_command_runs_elsewhere(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_eval.py").write_text("import sys; open(sys.argv[2], 'w').write('{\"acc\": 1}'); print(sys.argv[1])")
+    (tmp_path / "gsm8k").mkdir()
+    program = command.make(EvalConfig(backend="command", command=f"{sys.executable} my_eval.py gsm8k {{output}}"))
+    status = ended(program, request_)
+    assert (status.phase, [m.value for m in status.metrics]) == (Phase.COMPLETED, [1.0])
+    assert (request_.output / ".process" / "log").read_text() == "gsm8k\n"
+
+
+def test_a_disk_without_room_for_a_process_is_no_fault_of_the_request(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    program = shell("true {model}")
+    with pytest.raises(Unavailable, match="No space left"):
+        program.submit(request_)
+    assert program.recover(request_).phase is Phase.MISSING
 
 
 def test_a_command_leaves_metrics_in_the_file_that_it_is_told(request_: Request) -> None:

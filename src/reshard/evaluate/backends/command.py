@@ -3,12 +3,14 @@
     my-eval --model {model} --step {step} --kind {kind} --out {output}
 
 {output} is the file to leave, `results.json`; `{output}/NAME` is another one beside it. The command runs in that
-directory, which is its own; no shell looks at it. Exit status 0 and metrics in the file are a success: in lm-eval's
+directory, which is its own; its program and files that it names by relative paths, as in `python my_eval.py`, are those
+of the directory where we are. No shell looks at it. Exit status 0 and metrics in the file are a success: in lm-eval's
 form, as {"task": {"metric": 0.5}} or as {"metric": 0.5}.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -46,7 +48,12 @@ def words_of(command: str | Sequence[str]) -> tuple[str, ...]:
             f"command: {listed('{' + name + '}' for name in unknown)} is not known",
             hint=f"{listed('{' + name + '}' for name in _PLACES)} are",
         )
-    return (absolute(words[0]), *words[1:])
+    return (absolute(words[0]), *map(_as_found_here, words[1:]))
+
+
+def _as_found_here(word: str) -> str:
+    """A script or a file of settings by its whole path. A bare word, such as the name of a task, stays what it is."""
+    return os.path.abspath(word) if Path(word).suffix and os.path.isfile(word) else word
 
 
 class Command:
