@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,24 +162,7 @@ def _of_file(path: Path) -> Found:
     if name.endswith(".safetensors"):
         return _single(path, "safetensors", "safetensors")
     _check_not_compressed(path)
-    _check_not_compressed(path)
     return _single(path, "torch_save", "torch.save")
-
-
-_COMPRESSED = {known.magic: known.program for known in tar.COMPRESSIONS} | {b"(\xb5/\xfd": "zstd", b'\x04"M\x18': "lz4"}
-"""What files begin with, and the programs that undo it."""
-
-
-def _check_not_compressed(path: Path) -> None:
-    """Raise Unsupported for a file that is compressed as a whole, and no archive of tar's that could be read so."""
-    with path.open("rb") as file:
-        head = file.read(8)
-    program = next((program for magic, program in _COMPRESSED.items() if head.startswith(magic)), None)
-    if program is not None:
-        raise Unsupported(
-            f"{path} is compressed ({program}), and not read so",
-            hint=f"{program} -dc {shlex.quote(str(path))} > {shlex.quote(path.stem)}-plain, and name that",
-        )
 
 
 _COMPRESSED = {known.magic: known.program for known in tar.COMPRESSIONS} | {b"(\xb5/\xfd": "zstd", b'\x04"M\x18': "lz4"}
