@@ -612,6 +612,17 @@ def test_interpolations_are_resolved_where_the_document_can_and_said_where_it_ca
     assert finding(migration, "model.hidden_size").interpolation == "${multiply:${.num_layers},32}"
 
 
+@pytest.mark.parametrize("stage", ["training", "fine_tuning", "peft"])
+def test_a_yaml_of_the_launcher_calls_itself_by_its_stage(stage: str) -> None:
+    text = (
+        f"model: {{num_layers: 4, hidden_size: '${{multiply:${{{stage}.model.num_layers}},16}}'}}\n"
+        f"exp_manager: {{name: '${{{stage}.run.name}}'}}\nrun: {{name: gpt}}\n"
+    )
+    written = places(of(text))
+    assert (written["config.hidden_size"], written["logger.name"]) == (64, "gpt")
+    assert places(of(f"{text}{stage}: {{x: 1}}\n"))["logger.name"] == f"${{{stage}.run.name}}"
+
+
 @pytest.mark.parametrize(
     "text",
     [

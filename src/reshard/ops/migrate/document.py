@@ -24,6 +24,8 @@ _MAX_NUM_REFERENCES = 16
 _MAX_INTEGER = 1 << 62
 _CORE = "tag:yaml.org,2002:"
 _SECTIONS = ("trainer", "exp_manager", "model")
+_STAGES = ("training", "fine_tuning", "peft")
+"""What NVIDIA's launcher composes a YAML under, and what the YAML calls itself by for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,11 +277,13 @@ class _Tree:
 
     leaves: list[tuple[tuple[str, ...], Any, int]]
     raw: dict[tuple[str, ...], tuple[Any, int]] = field(init=False)
+    sections: frozenset[str] = field(init=False)
     done: dict[tuple[str, ...], Any] = field(init=False, default_factory=dict)
     busy: list[tuple[str, ...]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.raw = {path: (value, line) for path, value, line in self.leaves}
+        self.sections = frozenset(path[0] for path in self.raw if path)
 
     def setting(self, path: tuple[str, ...]) -> Setting:
         """The leaf at a path."""
@@ -347,6 +351,8 @@ class _Tree:
         if up > len(path) or not re.fullmatch(r"[\w.\-@/]+", name[up:]):
             raise _Unresolved
         target = (path[: len(path) - up] if up else ()) + tuple(name[up:].split("."))
+        if target not in self.raw and not up and target[0] in _STAGES and target[0] not in self.sections:
+            target = target[1:]
         if target not in self.raw:
             raise _Unresolved
         return self._resolved(target)
