@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -188,3 +189,35 @@ def test_no_error_is_a_defect_of_ours_where_a_file_holds_nothing(tmp_path: Path)
         for kind in ("model", "all", "optimizer"):
             with pytest.raises(ReshardError):
                 reshard.merge(tmp_path / f"{number}.pt", tmp_path / "out.pt", what=kind)
+
+
+@pytest.mark.parametrize("globs", ["*.up.weight", ["*.up.weight"]])
+def test_one_glob_is_one_glob(tmp_path: Path, globs: str | list[str]) -> None:
+    write_dcp(tmp_path / "source", model(2))
+    reshard.merge(tmp_path / "source", tmp_path / "out.safetensors", include=globs)
+    wanted = {fqn: tensor for fqn, tensor in model(2).items() if fqn.endswith(".up.weight")}
+    assert equals(tmp_path / "out.safetensors", wanted)
+
+
+def test_a_shard_size_may_be_a_number_of_bytes(tmp_path: Path) -> None:
+    write_dcp(tmp_path / "source", model(2))
+    reshard.merge(tmp_path / "source", tmp_path / "out", max_shard_size=4000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert reshard.verify(tmp_path / "out", tmp_path / "source").ok
+
+
+def test_what_is_merged_is_one_of_three(tmp_path: Path) -> None:
+    write_dcp(tmp_path / "source", model(1))
+    with pytest.raises(Unsupported, match="what='weights'"):
+        reshard.merge(tmp_path / "source", tmp_path / "out", what="weights")
+
+
+def test_a_lazy_tensor_is_indexed_as_numpys_or_says_why_not(tmp_path: Path) -> None:
+    write_dcp(tmp_path / "source", {"w": torch.arange(24.0).reshape(2, 3, 4)})
+    lazy = reshard.open(tmp_path / "source")["w"]
+    array = torch.arange(24.0).reshape(2, 3, 4).numpy()
+    for index in (..., (..., 0), (1, ...), (0, ..., slice(1, 3)), (slice(None), ..., -1), (1, 2, 3, ...)):
+        assert np.array_equal(lazy[index].numpy(), array[index])
+    for strange in (None, [0, 1], np.array([True, False]), (..., ...), "w"):
+        with pytest.raises(IndexError):
+            lazy[strange]

@@ -58,8 +58,16 @@ class LazyTensor:
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
-    def __getitem__(self, index: int | slice | tuple[int | slice, ...]) -> LazyTensor:
-        """A part of it, still unread; indices as numpy's, step 1."""
+    def __getitem__(self, index: Any) -> LazyTensor:
+        """A part of it, still unread; integers, slices of step 1 and one `...`, as numpy's."""
+        index = index if isinstance(index, tuple) else (index,)
+        at = next((n for n, item in enumerate(index) if item is ...), None)
+        if at is not None:
+            rest = index[at + 1 :]
+            index = (*index[:at], *[slice(None)] * (len(self.shape) - at - len(rest)), *rest)
+        strange = [item for item in index if not isinstance(item, int | slice | np.integer)]
+        if strange:
+            raise IndexError(f"{strange[0]!r} is no index of a stored tensor: integers, slices and one ... are")
         return LazyTensor(self.tensor[index], self.source)
 
     def numpy(self) -> Array:

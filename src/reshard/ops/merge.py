@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -49,8 +49,8 @@ class Options:
     what: What = "model"
     dtype: str | None = None
     """Of floating-point tensors; None keeps each as it is."""
-    max_shard_size: str | None = None
-    """Of the files of a HuggingFace directory, such as `5GB`."""
+    max_shard_size: str | int | None = None
+    """Of the files of a HuggingFace directory, such as `5GB`, or in bytes."""
     base: str | None = None
     """A model directory or hub id: config and tokenizer come from there when the checkpoint has none."""
     include: tuple[str, ...] = ()
@@ -66,6 +66,13 @@ class Options:
     save_tokenizer: bool = True
     verify: bool = False
     """Compare the copies of data that several ranks hold, and read the output again when it is written."""
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            globs = getattr(self, name)
+            object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))
+        if self.what not in get_args(What):
+            raise Unsupported(f"what={self.what!r} is merged", hint=f"one of {listed(get_args(What))}")
 
     def record(self) -> dict[str, Any]:
         """What differs from the defaults, for the manifest."""
@@ -413,7 +420,7 @@ def _plan(root: Path, checkpoint: Checkpoint, output: Path, options: Options) ->
         said = "an adapter without adapter_config.json: copy it from the training run, or name it with --base DIR"
         checkpoint = replace(checkpoint, notices=(*checkpoint.notices, said))
     size = options.max_shard_size
-    limit = huggingface.MAX_SHARD_NBYTES if size is None else huggingface.parse_size(size)
+    limit = huggingface.MAX_SHARD_NBYTES if size is None else huggingface.parse_size(str(size))
     return checkpoint, huggingface.plan(checkpoint, max_shard_nbytes=limit)
 
 
