@@ -379,6 +379,41 @@ def test_the_built_in_merger_of_lmms_engine_spells_it_so(lmms: Path) -> None:
     assert equals(lmms / "out", workspace.state_of(seed=2))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("run out --output-dir elsewhere", "out is one path too many: SRC is run, OUT is elsewhere"),
+        ("--input-dir run out more", "more is one path too many: SRC is run, OUT is out"),
+        ("run out --base one --model-name-or-class other", "--base one and --model-name-or-class other are two models"),
+        ("run out --checkpoint-type ema --state-dict-dirname here", "and not here"),
+        ("run out --merge --remove-shards", "the shards that an average is made of are not removed"),
+    ],
+)
+def test_options_of_a_merge_that_contradict_are_refused(words: str, said: str, lmms: Path, capsys: Capture) -> None:
+    assert main(["merge", *words.split()]) == 1
+    assert said in capsys.readouterr().err
+    assert not {"out", "elsewhere", "more"} & {path.name for path in lmms.iterdir()}
+
+
+def test_options_of_a_merge_that_change_nothing_are_said(lmms: Path, capsys: Capture) -> None:
+    words = ["--type", "fsdp2", "--max-shard-size", "1GB", "--cfg-key", "cfg", "--no-save-tokenizer"]
+    assert main(["merge", "run", "out.pt", *words]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "changes nothing" in line]
+    assert said == [
+        "note: --type changes nothing: how it was saved is seen on the files",
+        "note: --max-shard-size changes nothing: out.pt is one file",
+        "note: --no-save-tokenizer changes nothing: out.pt is one file",
+        "note: --cfg-key changes nothing: only a .ckpt has a configuration in it",
+    ]
+
+
+def test_a_path_that_begins_with_a_dash_is_told_from_an_option(lmms: Path, capsys: Capture) -> None:
+    (lmms / "run").rename(lmms / "-run")
+    assert main(["merge", "-run", "out"]) == 1
+    assert "hint: a path that begins with a dash is written ./-run; see" in capsys.readouterr().err
+    assert main(["merge", "./-run", "out", "-q"]) == 0
+
+
 def test_a_step_that_is_not_there_is_told_from_those_that_are(lmms: Path, capsys: Capture) -> None:
     assert main(["merge", "--input-dir", "run", "--step", "5", "--output-dir", "out"]) == 1
     err = capsys.readouterr().err

@@ -88,6 +88,17 @@ def refused(capsys: Capture, *words: object) -> str:
             "--tokenizer-path here: --no-save-tokenizer writes",
         ),
         ("llama", "torch_dist --iteration 5", "is one model, not a run of which an iteration could be picked"),
+        (
+            "llama",
+            "torch_dist --max-shard-size huge",
+            "error: 'huge' is no size\n\nhint: --max-shard-size and --memory",
+        ),
+        ("llama-megatron", "hf --hf-model /", "--hf-model /: there is no config.json in /"),
+        (
+            "llama/model.safetensors",
+            "torch_dist --tp 3",
+            "hint: the files are the same for every mesh: leave the sizes",
+        ),
         ("llama-megatron/iter_0000000", "hf --iteration 5", "is iteration 0, not 5"),
     ],
 )

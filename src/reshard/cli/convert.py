@@ -103,7 +103,7 @@ def _asked(args: argparse.Namespace) -> tuple[str, str, str]:
     lacking = [name for name, value in (("SRC", source), ("OUT", target), ("--to", to)) if value is None]
     if source is None or target is None or to is None or given:
         said = f"there is no {', '.join(lacking)}" if lacking else f"{given[0]} is one path too many"
-        raise InputError(said, hint="reshard convert SRC OUT --to hf")
+        raise InputError(said, hint="reshard convert SRC OUT --to hf (or torch_dist, fsdp_dtensor, nemo2)")
     return source, target, to
 
 

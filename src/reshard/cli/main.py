@@ -129,6 +129,9 @@ class Parser(argparse.ArgumentParser):
         """`did you mean --dtype? ` when an option was mistyped."""
         words = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
         near = [match for word in words for match in get_close_matches(word, self._option_string_actions, 1, 0.7)]
+        dashed = next((word for word in message.split() if word.startswith("-") and os.path.exists(word)), None)
+        if dashed is not None and not near:
+            return f"a path that begins with a dash is written ./{dashed}; "
         return f"did you mean {near[0]}? " if near else ""
 
 

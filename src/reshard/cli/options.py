@@ -96,5 +96,7 @@ def block_nbytes(args: argparse.Namespace) -> int | None:
     buffers = 4 * (args.threads or default_threads())
     limit = parse_size(args.memory) // buffers
     if limit < 4096:
-        raise ReshardError(f"--memory {args.memory} is too little for {buffers} buffers")
+        raise ReshardError(
+            f"--memory {args.memory} is too little for {buffers} buffers", hint=f"it begins at {buffers * 4096} bytes"
+        )
     return min(limit, 1 << 24)

@@ -192,7 +192,7 @@ def _whole_of(path: Path) -> Path | None:
         return path.parent
     if is_rank_directory(path.parent.name) or name in (TRACKER, ".zarray"):
         return directory_of(path)
-    if name.endswith(".index.json") or _NUMBERED_SHARD.fullmatch(name):
+    if name.endswith(".index.json") or name == "config.json" or _NUMBERED_SHARD.fullmatch(name):
         return path.parent
     return _deepspeed_directory(path)
 

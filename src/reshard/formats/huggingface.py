@@ -394,7 +394,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b)?\s*", text, re.IGNORECASE | re.ASCII)
     nbytes = int(float(match[1]) * _UNITS[(match[2] or "").lower()]) if match else 0
     if nbytes <= 0:
-        raise Unsupported(f"{text!r} is no size", hint="write 5GB, 500MB or 1GiB")
+        raise Unsupported(f"{text!r} is no size", hint="--max-shard-size and --memory take 5GB, 500MB or 1GiB")
     return nbytes
 
 

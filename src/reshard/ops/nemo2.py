@@ -145,7 +145,7 @@ def tokenizer_named(path: str, library: str | None) -> Tokenizer:
             raise NotFound(
                 f"--tokenizer-path {path} is a file: a HuggingFace tokenizer is a directory of them", hint=_HINT
             )
-        return _sentence_piece(place.name, huggingface.asset(place), LazySource(Files()))
+        return _sentence_piece(f"--tokenizer-path {path}", huggingface.asset(place), LazySource(Files()))
     try:
         _, assets = huggingface.companions(hub.resolve(path, hint=_HINT))
     except NotFound as error:

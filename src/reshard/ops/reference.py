@@ -39,7 +39,7 @@ def read(name: str) -> Reference:
     path = hub.resolve(name, hint=_HINT) if not Path(name).is_file() else Path(name).parent
     config, assets = huggingface.companions(path)
     if config is None:
-        raise NotFound(f"{path} has no config.json", hint=_HINT)
+        raise NotFound(f"--hf-model {name}: there is no config.json in {path.resolve()}", hint=_HINT)
     config, methods = unquantized(config)
     notices = tuple(
         f"config.json: quantization_config {method} is left out: weights are written whole" for method in methods

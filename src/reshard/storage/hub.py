@@ -99,5 +99,7 @@ def _fetched(name: str, revision: str, weights: bool, hint: str) -> Path:
         )
     except Exception as error:  # the library's own, its HTTP client's and the system's have no common base
         reason = str(error).strip().partition("\n")[0]
-        raise NotFound(f"{where} could not be fetched from the hub: {reason}", hint=hint) from error
+        raise NotFound(
+            f"{where} could not be fetched from the hub: {reason} (and no directory is called so)", hint=hint
+        ) from error
     return Path(found)

@@ -129,7 +129,9 @@ def _on_hub(name: str) -> Path:
     try:
         return hub.resolve(name, weights=True)
     except NotFound as error:
-        raise NotFound(str(error), hint="SRC is a directory, or a hub id such as Qwen/Qwen3-8B") from error
+        raise NotFound(
+            str(error), hint="a model is named by its directory, or by a hub id such as Qwen/Qwen3-8B"
+        ) from error
 
 
 def of_megatron(source: Path, options: Options) -> Model:
@@ -293,7 +295,7 @@ def _understood(
     if against:
         raise Mismatch(
             f"{where} is not a checkpoint of {reference.path}: {'; '.join(against)}",
-            hint="name the HuggingFace model that was trained with --hf-model",
+            hint="--hf-model names the HuggingFace model that was trained",
         )
     _check_vocabulary(opened, reference.config)
     return family, reference.config, (*reference.notices, *notices)
@@ -307,7 +309,7 @@ def _check_vocabulary(opened: MegatronCheckpoint, config: Mapping[str, Any]) -> 
     if type(stated) is int and type(theirs) is int and theirs < stated:
         raise Mismatch(
             f"{opened.located.weights}: the model has {stated} tokens, --hf-model has {theirs}",
-            hint="name the HuggingFace model that was trained with --hf-model",
+            hint="--hf-model names the HuggingFace model that was trained",
         )
 
 

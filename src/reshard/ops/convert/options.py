@@ -86,15 +86,23 @@ def format_named(name: str) -> Format:
 def check(options: Options) -> None:
     """Raise Unsupported or Mismatch for options that no model can be converted with."""
     target_named(options.target or DEFAULT_TARGET.name)
+    if options.max_shard_size is not None:
+        huggingface.parse_size(options.max_shard_size)
     if options.dtype is not None and (dtype(options.dtype).kind != "float" or is_float8(dtype(options.dtype))):
         raise Unsupported(
             f"--dtype {options.dtype}: weights are written in float32, bfloat16, float16 or float64",
             hint="quantize the model that was written with the program that will serve it",
         )
     if options.vocab_divisor is not None and options.vocab_divisor < 1:
-        raise Mismatch(f"--make-vocab-size-divisible-by {options.vocab_divisor}: it begins at 1")
+        raise Mismatch(
+            f"--make-vocab-size-divisible-by {options.vocab_divisor}: it begins at 1",
+            hint="128 is what Megatron takes by default",
+        )
     if options.tokenizer_library not in (None, *LIBRARIES):
-        raise Unsupported(f"--tokenizer-library {options.tokenizer_library}: {' and '.join(LIBRARIES)} are written")
+        raise Unsupported(
+            f"--tokenizer-library {options.tokenizer_library}: {' and '.join(LIBRARIES)} are written",
+            hint="leave it out: the files of a tokenizer say what it is",
+        )
     if not options.strict and options.to != "hf":
         raise Unsupported(
             f"--not-strict --to {options.to}: no loader of Megatron takes a model that lacks tensors",
@@ -107,10 +115,13 @@ def check_mesh(options: Options) -> None:
     sizes = {"tp": options.tp, "cp": options.cp, "ep": options.ep, "pp": options.pp}
     wrong = [f"--{name} {size}" for name, size in sizes.items() if size < 1]
     if wrong:
-        raise Mismatch(f"{listed(wrong)}: a mesh axis has one rank or more")
+        raise Mismatch(f"{listed(wrong)}: a mesh axis has one rank or more", hint="leave out what is not parallel")
     world, ranks = os.environ.get("WORLD_SIZE", "1"), options.tp * options.cp * options.ep
     if world.isdecimal() and int(world) > 1 and ranks > 1 and int(world) % ranks:
-        raise Mismatch(f"WORLD_SIZE {world} is not a multiple of tp*cp*ep, {ranks}")
+        raise Mismatch(
+            f"WORLD_SIZE {world} is not a multiple of tp*cp*ep, {ranks}",
+            hint="the files are the same for every mesh: leave --tp, --cp and --ep out, or start that many ranks",
+        )
 
 
 def unheeded(options: Options, *, is_megatron: bool) -> tuple[str, ...]:

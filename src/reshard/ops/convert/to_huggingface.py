@@ -107,7 +107,7 @@ def _check_against(model: Model, tensors: Mapping[str, Tensor], options: Options
     if wrong or (said and options.strict):
         raise Mismatch(
             f"the checkpoint is not one of {reference.path}: {'; '.join(said)}",
-            hint="name the model that was trained with --hf-model; --not-strict takes other names, never other shapes",
+            hint="--hf-model names the model that was trained; --not-strict takes other names, never other shapes",
         )
     if optional:
         said.append(f"{len(optional)} tensors of its multi-token prediction are not in the checkpoint")

@@ -134,7 +134,10 @@ def _check_divides(settings: Mapping[str, Any], options: Options) -> None:
     if options.ep > 1 and not settings.get("num_moe_experts"):
         wrong.append(f"a model without experts by ep {options.ep}")
     if wrong:
-        raise Mismatch(f"the mesh does not divide the model: {listed(wrong)}")
+        raise Mismatch(
+            f"the mesh does not divide the model: {listed(wrong)}",
+            hint="the files are the same for every mesh: leave the sizes out, or name those of the run that loads them",
+        )
 
 
 def _uneven(facts: Facts, options: Options) -> list[str]:
