@@ -597,6 +597,7 @@ def test_a_server_that_is_stopped_begins_again_with_what_ran(serve: Serve, whole
         second.kill()
         second.communicate()
     assert (tmp_path / "began").read_text() == "x\nx\n"
+    assert [path.name for path in (tmp_path / "root" / "state" / "jobs").iterdir()] == [f"{job_id}-2"]
 
 
 CHILD = """

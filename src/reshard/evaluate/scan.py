@@ -237,8 +237,16 @@ def brief(reason: str) -> str:
 def is_over(places: Places) -> bool:
     """Whether the trainer has said that no checkpoint will come any more.
 
-    LMMs-Engine writes compute_summary.json last of all; the Trainer's notes in a checkpoint know the last step.
+    LMMs-Engine writes compute_summary.json last of all; the Trainer's notes in a checkpoint know the last step. Of a
+    run that cannot be listed, or is being removed, nobody has said so.
     """
+    try:
+        return _is_over(places)
+    except (InputError, OSError):
+        return False
+
+
+def _is_over(places: Places) -> bool:
     found = steps(places.run)
     if not found:
         return places.end.is_file()

@@ -96,7 +96,10 @@ def _watch_there(
     asked: _Asked,
 ) -> Watched | None:  # fmt: skip
     """The same, of a run that is there; None when somebody removed what is known of it."""
-    places.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        places.folder.mkdir(parents=places.folder.parent != places.run, exist_ok=True)
+    except FileNotFoundError:  # it has just been removed, and is not ours to make
+        return None
     with Store(places.store) as store:
         watcher = _Watcher(settings, places, store, backend, tasks, say)
         watcher.begin(again)

@@ -193,9 +193,8 @@ class Worker:
     def _begun(self, job: Job, slot: int) -> Job:
         """A job with one more attempt, in a directory of its own."""
         payload = {**job.payload, "slot": slot, "started": job.payload.get("started") or time.time()}
-        output = Path(payload["output_dir"] or self._settings.jobs) / f"{job.fingerprint}-{job.attempts + 1}"
         job = self._store.change(job, self._owner, payload=payload)
-        return self._store.begin_attempt(job, output, self._owner)
+        return self._store.begin_attempt(job, self._output(job, job.attempts + 1), self._owner)
 
     def _backend(self, job: Job) -> Program:
         """The program of a job: its merge first, where it has one."""
@@ -272,12 +271,20 @@ class Worker:
         """Write down how it ended, once."""
         if job.payload["source"] and not job.payload["merged_to"]:  # first: of a job that ended nobody looks for it
             shutil.rmtree(self._own_merged(job), ignore_errors=True)
-        done = self._results(job, status) if status.phase is Phase.COMPLETED else {}
+        done = dict[str, Any]()
+        if status.phase is Phase.COMPLETED:
+            done = self._results(job, status)
+            for number in range(1, job.attempts):  # which were killed, or stopped with their server
+                shutil.rmtree(self._output(job, number), ignore_errors=True)
         with self._store.transaction():
             now = self._store.job(job.id) or job
             columns, reason = self._ending(now, status, done)
             changed = self._store.end_attempt(job, columns["state"], reason[:_REASON_CHARS], self._owner, **columns)
             self._store.let_go(changed, self._owner)
+
+    def _output(self, job: Job, number: int) -> Path:
+        """The directory of one attempt; the id in its name is nobody else's."""
+        return Path(job.payload["output_dir"] or self._settings.jobs) / f"{job.fingerprint}-{number}"
 
     def _ending(self, job: Job, status: Status, done: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         """What is written down, and why. A cancellation that was acknowledged holds, whatever the job did meanwhile."""
