@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -298,6 +299,42 @@ def test_a_single_ranks_weights_are_read(folder: str, tmp_path: Path) -> None:
     source = pack(tmp_path / "m.nemo", _legacy({f"{folder}model_weights.ckpt": _saved(_single())}))
     _assert_is_llama(source)
     assert reshard.inspect(source).format == "megatron_legacy"
+
+
+def test_rotary_frequencies_that_were_saved_are_said_and_left_out(tmp_path: Path) -> None:
+    state = _single() | {"model.rotary_pos_emb.inv_freq": torch.rand(4)}
+    source = extract(tmp_path / "m", _legacy({"model_weights.ckpt": _saved(state)}))
+    result = reshard.convert(source, tmp_path / "hf", to="hf")
+    assert any("1 rotary_pos_emb.inv_freq are not taken" in notice for notice in result.notices)
+
+
+def test_an_adapter_of_nemo_1_is_not_taken_for_a_part_of_the_model(tmp_path: Path) -> None:
+    name = "model.decoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight"
+    state = _single() | {name: torch.rand(4, 64)}
+    source = extract(tmp_path / "m", _legacy({"model_weights.ckpt": _saved(state)}))
+    with pytest.raises(Unsupported, match=r"1 tensors are of an adapter \(LoRA\)"):
+        reshard.convert(source, tmp_path / "hf", to="hf")
+
+
+def test_experts_without_a_word_on_their_loss_make_a_config_that_transformers_reads(tmp_path: Path) -> None:
+    tensors = load_file(DATA / "llama3_truth.safetensors")
+    experts = {"num_moe_experts": 2, "moe_grouped_gemm": True, "moe_aux_loss_coeff": 0}
+    state: dict[str, Any] = {}
+    for full, tensor in tensors.items():
+        if "_extra_state" in full:
+            continue
+        if ".mlp." not in full:
+            state[full] = tensor
+        elif full.endswith("layer_norm_weight"):
+            state[full.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")] = tensor
+            state[full.replace("linear_fc1.layer_norm_weight", "router.weight")] = torch.rand(2, 64).bfloat16()
+        else:
+            state |= {full.replace("mlp.", f"mlp.experts.local_experts.{n}."): tensor for n in range(2)}
+    found = _legacy({"model_weights.ckpt": _saved(state)})
+    source = extract(tmp_path / "m", _with_fields(found, experts))
+    reshard.convert(source, tmp_path / "hf", to="hf")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert (config.model_type, config.router_aux_loss_coef) == ("mixtral", 0.0)
 
 
 def test_stages_are_counted_on(tmp_path: Path) -> None:

@@ -355,6 +355,7 @@ def to_config(settings: Values, family: Family) -> dict[str, Any]:
     except MALFORMED as error:
         raise Mismatch(f"the settings lack what a {family.name} config needs: {error!r:.200}") from error
     values["tie_word_embeddings"] = bool(known.get("share_embeddings_and_output_weights", True))
+    values |= {n: float(v) for n, v in values.items() if n in _FRACTIONS and type(v) is int}
     names = {"architectures": [family.architectures[0]], "model_type": family.model_types[0]}
     if nested is None:
         return names | values
@@ -362,6 +363,14 @@ def to_config(settings: Values, family: Family) -> dict[str, Any]:
     outer = {*both, "vision_config", *nested.outer}
     text = {"model_type": nested.model_type} | {n: v for n, v in values.items() if n not in outer - both}
     return names | {n: v for n, v in values.items() if n in outer} | {"text_config": text}
+
+
+_FRACTIONS = frozenset(
+    {"rms_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon", "initializer_range",
+     "router_aux_loss_coef", "aux_loss_alpha", "routed_scaling_factor", "router_scaling_factor",
+     "partial_rotary_factor", "attn_logit_softcapping", "final_logit_softcapping"}
+)  # fmt: skip
+"""What transformers 5 takes no whole number for, and a YAML may have one: `moe_aux_loss_coeff: 0`."""
 
 
 # ------------------------------------------------------------------------------------------------------------ check

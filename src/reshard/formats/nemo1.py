@@ -47,7 +47,7 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 """What NeMo 1's code takes for what a YAML leaves out."""
 
-_EXPERT_DEFAULTS: Mapping[str, Any] = {"moe_router_topk": 2, "moe_router_pre_softmax": False, "moe_aux_loss_coeff": 0}
+_EXPERT_DEFAULTS: Mapping[str, Any] = {"moe_router_topk": 2, "moe_router_pre_softmax": False, "moe_aux_loss_coeff": 0.0}
 
 _RENAMED = {
     "encoder_seq_length": "seq_length",

@@ -140,7 +140,7 @@ def of_megatron(source: Path, options: Options) -> Model:
     said = _no_run(located.iteration, source, options)
     opened = open_located(located, verify=options.verify)
     checkpoint = replace(opened.checkpoint.located(), notices=(*said, *opened.checkpoint.notices))
-    opened = replace(opened, checkpoint=checkpoint, settings=_by_id(opened.settings, options))
+    opened = replace(opened, checkpoint=_without_buffers(checkpoint), settings=_by_id(opened.settings, options))
     return named(opened, understood(opened, options), options)
 
 
@@ -314,12 +314,13 @@ def _check_vocabulary(opened: MegatronCheckpoint, config: Mapping[str, Any]) -> 
 
 
 def _without_buffers(checkpoint: Checkpoint) -> Checkpoint:
-    """Without the rotary frequencies that old releases of transformers saved: every loader computes them."""
-    left = [name for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq")]
+    """Without the rotary frequencies that old releases of transformers and Megatron saved: loaders compute them."""
+    left = [name for name in checkpoint.tensors if name.endswith((".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq"))]
     if not left:
         return checkpoint
     kept = checkpoint.select(name for name in checkpoint.tensors if name not in set(left))
-    return replace(kept, notices=(*kept.notices, f"{len(left)} rotary_emb.inv_freq are not taken: they are computed"))
+    kind = left[0].rpartition(".inv_freq")[0].rpartition(".")[2]
+    return replace(kept, notices=(*kept.notices, f"{len(left)} {kind}.inv_freq are not taken: they are computed"))
 
 
 def _head(
@@ -387,7 +388,7 @@ def _check_no_adapter(opened: MegatronCheckpoint) -> None:
         )
 
 
-_ADAPTER = re.compile(r"\.(?:adapters?|lora_[abAB])\.")
+_ADAPTER = re.compile(r"\.(?:adapters?|adapter_layer|lora_[abAB])\.")
 
 
 def _with_names(
