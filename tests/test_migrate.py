@@ -6,6 +6,7 @@ import ast
 import builtins
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -878,3 +879,35 @@ def _write_guide() -> None:
 
 if __name__ == "__main__":
     _write_guide()
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "said"),
+    [
+        ("trainer.devices", -1, "all GPUs that are visible; the launcher has to start as many"),
+        ("trainer.devices", "auto", "all GPUs that are visible"),
+        ("trainer.max_steps", -1, "PreTrainingDataModule makes as many samples as the steps need"),
+        ("trainer.num_nodes", math.inf, "not a finite number"),
+        ("trainer.val_check_interval", math.inf, "not a finite number"),
+        ("model.optim.lr", math.nan, "not a finite number"),
+        ("model.optim.lr", None, "null, where NeMo 2 needs a value"),
+        ("model.data.data_prefix", [0.5, "a", math.inf, "b"], "not a finite number"),
+        ("model.tensor_model_parallel_size", -1, "a size begins at 1"),
+        ("model.global_batch_size", 0, "a size begins at 1"),
+        ("model.num_layers", -2, "a size begins at 1"),
+        ("model.data.seq_length", None, "null, where NeMo 2 needs a value"),
+    ],
+)
+def test_values_that_mean_something_else_in_nemo_2_are_to_be_looked_at(old: str, value: Any, said: str) -> None:
+    found = finding(of(nested({old: value})), old)
+    assert found.attention
+    assert said in found.note
+
+
+@pytest.mark.parametrize(
+    ("old", "value"),
+    [("trainer.devices", 8), ("trainer.max_epochs", -1), ("model.ffn_hidden_size", None), ("trainer.num_nodes", 2),
+     ("exp_manager.checkpoint_callback_params.save_top_k", -1), ("model.tensor_model_parallel_size", True)],
+)  # fmt: skip
+def test_values_that_go_as_they_are_are_not_remarked(old: str, value: Any) -> None:
+    assert not finding(of(nested({old: value})), old).attention

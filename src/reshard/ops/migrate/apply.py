@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from reshard.ops.migrate.document import Document, Setting
+from reshard.ops.migrate.odd import remark
 from reshard.ops.migrate.row import MISSING, NOTHING, Code, Moved, Row
 from reshard.ops.migrate.tables import ROWS
 from reshard.ops.migrate.targets import FIRST, TARGETS, Target
@@ -147,7 +148,7 @@ class _Builder:
     def _moved(self, row: Row, setting: Setting) -> Moved:
         """What the row makes of the value, unless the value is not known."""
         if not setting.unresolved and setting.value != MISSING:
-            return _as_moved(row.move(setting.value, self.document))
+            return _with_remark(_as_moved(row.move(setting.value, self.document)), row, setting.value)
         left = "an interpolation that the YAML alone does not answer" if setting.unresolved else "left open by the YAML"
         if row.new is None or row.new.endswith("."):
             return Moved(removed=True, note=left, attention=row.new is not None)
@@ -232,6 +233,12 @@ def _is_later_default(target: Target, argument: Argument) -> bool:
 
 def _as_moved(result: Any) -> Moved:
     return result if isinstance(result, Moved) else Moved(result)
+
+
+def _with_remark(moved: Moved, row: Row, value: Any) -> Moved:
+    """With what is odd about the value, where it goes on."""
+    said = "" if row.new is None or moved.removed else remark(row.new, value)
+    return replace(moved, note="; ".join(filter(None, (moved.note, said))), attention=True) if said else moved
 
 
 def _shown(place: str, value: Any) -> str:

@@ -86,7 +86,10 @@ def dotted(path: tuple[str, ...]) -> str:
 def read(path: Path) -> Document:
     """The settings of a file. Raises NotFound, or InputError with the line of what is wrong."""
     if not path.is_file():
-        raise NotFound(f"{path}: no such file", hint="give the YAML of a NeMo 1.0 run")
+        said = "is a directory" if path.is_dir() else "no such file"
+        raise NotFound(
+            f"{path}: {said}", hint="give the YAML of a NeMo 1.0 run, or of a .nemo archive its model_config.yaml"
+        )
     if path.stat().st_size > _LIMIT_NBYTES:
         raise InputError(
             f"{path} has {path.stat().st_size} bytes, a configuration has at most {_LIMIT_NBYTES}",
