@@ -437,17 +437,21 @@ def test_experts_are_stacked_with_their_gates_above_and_biases_of_one_row_are_ve
 # ------------------------------------------------------------------------------------------- names of other releases
 
 
-def test_norms_of_latent_attention_kept_apart_and_numbered_experts_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("module", "halves"), [("local_experts", False), ("experts", True)])
+def test_norms_of_latent_attention_kept_apart_and_numbered_experts_are_read(
+    module: str, halves: bool, tmp_path: Path
+) -> None:
     directory = with_mtp(saved("deepseek_v3", tmp_path / "model", 1))
     checkpoint, family, facts = opened(directory)
-    plain = on_disk(checkpoint, family, facts, megatron.Layout(stacked=False))
+    plain = on_disk(checkpoint, family, facts, megatron.Layout(stacked=False, halves=halves))
     local = {}
     for name, tensor in plain.items():
         for kind in ("q", "kv"):
             name = name.replace(f"linear_{kind}_up_proj.layer_norm_weight", f"{kind}_layernorm.weight")
-        path, _, expert = name.rpartition(".weight")
+        path, _, rest = name.rpartition(".weight")
+        expert = rest.rstrip("_wv")
         if ".experts." in name and expert:
-            name = path.replace(".experts.", f".experts.local_experts.{expert}.") + ".weight"
+            name = path.replace(".experts.", f".experts.{module}.{expert}.") + ".weight" + rest.removeprefix(expert)
         local[name.replace("transformer_layer", "mtp_model_layer")] = tensor
     assert len(set(local) & set(plain)) < len(plain)
     assert {n: bits(t, checkpoint) for n, t in from_disk(local, family, facts).items()} == truth(directory)

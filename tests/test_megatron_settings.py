@@ -21,7 +21,7 @@ from reshard.dialects.megatron_config import check_config, to_config, to_megatro
 from reshard.dialects.recognise import recognise
 from reshard.dialects.run_config import args, run_config
 from reshard.dialects.setting import flat
-from reshard.dialects.table import Family
+from reshard.dialects.table import Family, entries
 from reshard.errors import Incomplete, InputError, Mismatch, Unsupported
 from reshard.families import families
 from reshard.formats import megatron_settings
@@ -602,3 +602,15 @@ def test_settings_left_as_megatron_has_them_contradict_nobody() -> None:
     left = {"hidden_size": 48, "num_attention_heads": 4, "ffn_hidden_size": 192, "kv_channels": 12}
 
     assert check_config(config_of("bridge_llama"), left | {"layernorm_epsilon": 1e-5}) == []
+
+
+@pytest.mark.parametrize("balancing", ["none", "aux_loss", "seq_aux_loss"])
+def test_how_experts_were_balanced_does_not_tell_which_model_it_is(balancing: str) -> None:
+    config = small("glm4_moe", 0) | {"num_nextn_predict_layers": 0}
+    family = family_of(config)
+    facts = family.facts(config)
+    settings = to_megatron(config, family, facts)[0] | {"moe_router_load_balancing_type": balancing}
+    plain = {name: value for name, value in settings.items() if name not in ("_target_", "transformer_layer_spec")}
+    tensors = {entry.name: Filled(dtype("BF16"), (1,), bytes(2)) for entry in entries(family, facts)}
+
+    assert recognise(plain, families(), tensors).family.name == "glm4_moe"

@@ -148,7 +148,8 @@ _PART = re.compile(
 _STACKED_LAYERS = re.compile(r"(?P<path>(?:.+\.)?(?:decoder\.layers|deepstack_merger_list))\.(?P<rest>(?!\d).+)")
 _STACKED_EXPERTS = re.compile(r"(?P<path>.+\.experts)\.experts\.(?P<rest>linear_fc[12]\.(?:weight|bias))")
 _LOCAL_EXPERT = re.compile(
-    r"(?P<path>.+\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<rest>linear_fc[12]\.(?:weight|bias))(?P<half>(?:_[wv])?)"
+    # `experts` where Megatron was told to give each expert and each half a key of its own
+    r"(?P<path>.+\.experts)\.(?:local_)?experts\.(?P<expert>\d+)\.(?P<rest>linear_fc[12]\.(?:weight|bias))(?P<half>(?:_[wv])?)"
 )
 
 

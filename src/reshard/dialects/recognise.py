@@ -277,7 +277,7 @@ def _likeliest(
         name
         for settings in ours
         for name, value in settings.items()
-        if name != "_target_" and not isinstance(value, Mapping)
+        if name not in _OF_TRAINING and not isinstance(value, Mapping)
     }
     scores = [
         _hints(family, settings, stated, telling, hf_model_id) for (family, _), settings in zip(fits, ours, strict=True)
@@ -300,8 +300,18 @@ def _hints(
         any(kind.removesuffix("_text") in named for kind in (family.name, *family.model_types)),
         "bit for bit" in family.verified,
         sum(same(_canonical(name, ours), _canonical(name, stated)) for name in telling),
+        "transformers" in family.verified,
         built,
     )
+
+
+_OF_TRAINING = frozenset(
+    {
+        "_target_", "attention_dropout", "hidden_dropout", "init_method_std", "moe_aux_loss_coeff", "moe_grouped_gemm",
+        "moe_router_load_balancing_type", "moe_token_dispatcher_type",
+    }
+)  # fmt: skip
+"""What tells how a model was built and trained, and not which one it is."""
 
 
 def _short(family: Family, missing: Sequence[str]) -> InputError:
