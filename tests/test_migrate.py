@@ -8,8 +8,10 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -649,6 +651,23 @@ def test_the_yaml_of_a_nemo_archive_is_taken_for_the_model_section() -> None:
     assert migration.document.is_model_config
     assert places(migration)["config.num_moe_experts"] == 4
     assert places(migration)["precision.precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("prefix", ["./", "", "llama/"])
+@pytest.mark.parametrize("mode", ["w:", "w:gz"])
+def test_an_archive_is_opened_for_its_yaml(prefix: str, mode: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "llama.nemo", mode) as archive:  # type: ignore[call-overload]
+        archive.add(DATA / "yaml" / "model_config.yaml", f"{prefix}model_config.yaml")
+    expected = migrated(read(DATA / "yaml" / "model_config.yaml"))
+    found = migrated(read(tmp_path / "llama.nemo"))
+    assert [(f.key, f.new, f.value) for f in found.findings] == [(f.key, f.new, f.value) for f in expected.findings]
+
+
+def test_an_extracted_folder_is_looked_into_for_its_yaml(tmp_path: Path) -> None:
+    shutil.copy(DATA / "yaml" / "model_config.yaml", tmp_path)
+    assert read(tmp_path).is_model_config
+    with pytest.raises(NotFound, match="is a directory"):
+        read(DATA)
 
 
 def test_keys_and_values_stay_inside_literals_and_comments() -> None:

@@ -1,7 +1,7 @@
 """Turn a NeMo 1.0 YAML into NeMo 2.0 code: strategy, trainer, checkpoint callback, optimizer, model, data.
 
 Every setting is kept, renamed, changed or removed, and says why; settings that no table has are listed as unknown.
-The model_config.yaml of a .nemo archive does as well. `docs/nemo.md` has the table.
+A .nemo archive does as well, for its model_config.yaml. `docs/nemo.md` has the table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", type=Path)
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="or a .nemo archive")
     parser.add_argument("--output", "-o", metavar="FILE", type=Path, help="write there instead of to stdout")
     parser.add_argument(
         "--format",

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from reshard.errors import Corrupt, InputError, NotFound
+from reshard.storage import tar
 
 _LIMIT_NBYTES = 1 << 20
 _MAX_NUM_NODES = 50_000
@@ -84,18 +85,31 @@ def dotted(path: tuple[str, ...]) -> str:
 
 
 def read(path: Path) -> Document:
-    """The settings of a file. Raises NotFound, or InputError with the line of what is wrong."""
+    """The settings of a YAML, or of the model_config.yaml in a `.nemo` archive or a folder.
+
+    Raises NotFound, or InputError with the line of what is wrong.
+    """
+    path = _inside(path)
     if not path.is_file():
         said = "is a directory" if path.is_dir() else "no such file"
-        raise NotFound(
-            f"{path}: {said}", hint="give the YAML of a NeMo 1.0 run, or of a .nemo archive its model_config.yaml"
-        )
+        raise NotFound(f"{path}: {said}", hint="give the YAML of a NeMo 1.0 run, or a .nemo archive")
     if path.stat().st_size > _LIMIT_NBYTES:
         raise InputError(
             f"{path} has {path.stat().st_size} bytes, a configuration has at most {_LIMIT_NBYTES}",
             hint="give the YAML of the run; of a .nemo archive, give the model_config.yaml inside it",
         )
     return parse(path.read_bytes(), str(path))
+
+
+def _inside(path: Path) -> Path:
+    """The model_config.yaml of an archive or a folder, where the path is one and has it."""
+    folder = tar.at(path)
+    if not folder.is_dir():
+        return path
+    inner = tar.names(folder)
+    if len(inner) == 1 and (folder / inner[0]).is_dir():
+        folder = folder / inner[0]
+    return folder / "model_config.yaml" if (folder / "model_config.yaml").is_file() else path
 
 
 def parse(text: bytes | str, name: str = "the configuration") -> Document:
