@@ -19,7 +19,7 @@ from reshard.core.tensor import Array, Derived, Source, Tensor
 from reshard.errors import Unsupported
 
 PIECE = 1 << 15
-"""Elements computed at once: the working set of a cast fits the level-2 cache."""
+"""Elements computed at once: the working set fits the level-2 cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

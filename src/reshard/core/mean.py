@@ -19,7 +19,7 @@ import numpy as np
 
 from reshard.core import sums
 from reshard.core.box import Box
-from reshard.core.compute import round_into
+from reshard.core.compute import PIECE, round_into
 from reshard.core.dtypes import DType, dtype
 from reshard.core.tensor import Array, Source, Tensor
 from reshard.errors import Mismatch
@@ -73,7 +73,7 @@ class Mean(Tensor):
     def _write_short(self, blocks: Sequence[Array], out: Array) -> None:
         """Write the mean of 1-D blocks from float32, and then once more where that may have lost something."""
         lossy = []
-        for piece in _pieces(out):
+        for piece in _pieces(out, sums.MOST):
             parts = [block[piece] for block in blocks]
             round_into(_mean_float32(parts, self._factors), out[piece], self.dtype)
             lossy.append(piece.start + sums.inexact(parts, self._factors))
@@ -85,13 +85,14 @@ class Mean(Tensor):
 
     def _write(self, blocks: Sequence[Array], out: Array) -> None:
         """Write the mean of 1-D blocks, in as many bits as was asked for."""
-        for piece in _pieces(out):
+        in_float64 = self.accumulate == "float64"
+        for piece in _pieces(out, PIECE if in_float64 else sums.MOST):
             parts = [block[piece] for block in blocks]
-            if self.accumulate == "float64":
+            if in_float64:
                 mean = _mean_float64(parts, self._factors, self.dtype)
             else:
                 mean = _mean_float32(parts, self._factors)
-            if self.report is not None and not np.isfinite(mean).all():
+            if self.report is not None and not (np.isfinite(mean.min()) and np.isfinite(mean.max())):
                 self._report(parts)
             round_into(mean, out[piece], self.dtype)
 
@@ -103,17 +104,17 @@ class Mean(Tensor):
                 self.report(index, bad)
 
 
-def _pieces(block: Array) -> list[slice]:
-    """Slices that the workspaces hold."""
-    return [slice(at, at + sums.MOST) for at in range(0, len(block), sums.MOST)]
+def _pieces(block: Array, size: int) -> list[slice]:
+    """Slices of a size that a workspace holds."""
+    return [slice(at, at + size) for at in range(0, len(block), size)]
 
 
 class _Workspace(threading.local):
     """As that of `sums.py`, for what is summed in float64."""
 
     def __init__(self) -> None:
-        self.total = np.empty(sums.MOST, np.float64)
-        self.pair = np.empty((2, sums.MOST), np.float32)
+        self.total = np.empty(PIECE, np.float64)
+        self.pair = np.empty((2, PIECE), np.float32)
 
 
 _workspace = _Workspace()

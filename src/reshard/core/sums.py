@@ -23,8 +23,9 @@ import numpy as np
 from reshard.core.dtypes import DType, dtype
 from reshard.core.tensor import Array
 
-MOST = 1 << 16
-"""Elements summed at once: what is held of them meanwhile fits the level-2 cache."""
+MOST = 1 << 18
+"""Elements summed at once: of bfloat16, a block. Threads let go of the interpreter in each step, and steps shorter than
+it takes to wake another thread keep all but one of them waiting."""
 
 _LAYOUTS: dict[np.dtype[Any], tuple[int, int]] = {
     dtype("BF16").number: (7, 0x7F80),
@@ -42,6 +43,7 @@ class _Workspace(threading.local):
     def __init__(self) -> None:
         self.total, self.term = np.empty((2, MOST), np.float32)
         self.bits, self.largest, self.smallest = np.empty((3, MOST), np.uint16)
+        self.doubtful = np.empty(MOST, np.bool_)
 
 
 _workspace = _Workspace()
@@ -81,7 +83,8 @@ def inexact(pieces: Sequence[Array], factors: Sequence[float]) -> Array:
         bits -= 1
         np.minimum(smallest, bits, out=smallest)
     apart = np.subtract(largest, smallest, out=smallest)  # and 1 where all are zeros
-    doubtful = apart > (_spread(mantissa, factors) << mantissa)
+    doubtful = _workspace.doubtful[: len(apart)]
+    np.greater(apart, _spread(mantissa, factors) << mantissa, out=doubtful)
     huge = infinity - (_num_bits(factors) << mantissa)
     if largest.max() >= huge:
         doubtful |= largest >= huge
