@@ -153,6 +153,30 @@ def test_options_without_meaning_are_no_errors_of_a_script(models: Path, tmp_pat
         assert main(["verify", str(tmp_path / output), "--against", str(source)]) == 0
 
 
+def test_an_output_that_is_called_as_a_file_is_refused(models: Path, tmp_path: Path, capsys: Capture) -> None:
+    said = refused(capsys, "convert", models / "llama-megatron", tmp_path / "out.safetensors", "--to", "hf")
+    assert "is called as a file, and convert writes directories" in said
+    assert f"name a directory, such as {tmp_path / 'out'}; `reshard merge` makes one file of that" in said
+
+
+def test_a_run_whose_index_is_missing_is_said_to_have_its_shards(models: Path, tmp_path: Path, capsys: Capture) -> None:
+    shutil.copytree(models / "llama-megatron", tmp_path / "m")
+    (tmp_path / "m/iter_0000000/.metadata").unlink()
+    said = refused(capsys, "convert", tmp_path / "m", tmp_path / "out", "--to", "hf")
+    assert (
+        "iter_0000000, which latest_checkpointed_iteration.txt names, has __0_0.distcp and no whole .metadata" in said
+    )
+
+
+def test_a_config_of_another_vocabulary_asks_whose_it_is(models: Path, tmp_path: Path, capsys: Capture) -> None:
+    shutil.copytree(models / "llama", tmp_path / "smaller")
+    config = json.loads((tmp_path / "smaller/config.json").read_text())
+    (tmp_path / "smaller/config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    said = refused(capsys, "convert", tmp_path / "smaller", tmp_path / "out", "--to", "torch_dist")
+    assert "model.embed_tokens.weight: the vocabulary has 67 rows, 50 expected by the config" in said
+    assert "hint: is the config.json, or the --hf-model, that of these tensors?" in said
+
+
 def test_scripts_take_the_direction_that_they_are_for(models: Path, tmp_path: Path, capsys: Capture) -> None:
     hf, megatron = models / "llama", models / "llama-megatron"
     export = ("export", "--hf-model", hf, "--hf-path", tmp_path / "out", "--megatron-path")

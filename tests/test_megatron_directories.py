@@ -139,7 +139,7 @@ def test_without_a_tracker_the_newest_complete_iteration_is_read(tmp_path: Path)
     found = megatron.locate(run)
     assert found.iteration == 10
     assert found.notices == (
-        "iter_0000012 holds no weights: iter_0000010 is read",
+        "iter_0000012 has __0_0.distcp and no whole .metadata, which is written last: iter_0000010 is read",
         "iter_0000011 is empty: iter_0000010 is read",
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from reshard.cli import options, output
 from reshard.cli.report import show_plan, show_result, talk
-from reshard.errors import InputError
+from reshard.errors import InputError, OutputError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -107,12 +107,21 @@ def _asked(args: argparse.Namespace) -> tuple[str, str, str]:
     return source, target, to
 
 
+_FILES = (".safetensors", ".pt", ".pth", ".bin", ".nemo", ".gguf")
+"""Suffixes that nobody gives to a directory."""
+
+
 def write(args: argparse.Namespace, source: str, target: str, fields: dict[str, Any]) -> int:
     """Prepare, say what the user should know, and carry it out."""
     from reshard.ops.convert import Options, prepare
     from reshard.ops.merge import carry_out
 
     destination = Path(target)
+    if destination.suffix.lower() in _FILES and not destination.is_dir():
+        raise OutputError(
+            f"{target} is called as a file, and convert writes directories",
+            hint=f"name a directory, such as {destination.with_suffix('')}; `reshard merge` makes one file of that",
+        )
     prepared = prepare(source, destination, Options(**fields))
     if args.dry_run:
         return show_plan(args, prepared, destination)

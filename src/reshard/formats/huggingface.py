@@ -250,9 +250,11 @@ def read_json(path: Path) -> JsonFile:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise Corrupt(f"{path}: not JSON: {error}") from error
+        raise Corrupt(f"{path}: not JSON: {error}", hint="copy the file again from where it comes") from error
     if not isinstance(value, dict):
-        raise Corrupt(f"{path}: a JSON object was expected, not {type(value).__name__}")
+        raise Corrupt(
+            f"{path}: a JSON object was expected, not {type(value).__name__}", hint="copy it again from where it comes"
+        )
     return JsonFile(value, raw)
 
 

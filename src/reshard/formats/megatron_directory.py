@@ -359,11 +359,20 @@ def _of_run(run: Path, iterations: list[tuple[int, Path]], wanted: int | None) -
             found = _described(*inside)
             return replace(found, root=run, notices=found.notices + notices)
         named = f", which {TRACKER} names," if path in first else ""
-        skipped.append(f"{path.name}{named} {'is empty' if _is_left_empty(path) else 'holds no weights'}")
+        skipped.append(f"{path.name}{named} {_lack(path)}")
     raise Incomplete(
         f"{run}: no iteration is complete: {listed(skipped)}",
-        hint="a save that crashes leaves an empty directory and no tracker: use the checkpoint of another run",
+        hint="a save that crashes leaves an empty directory, or shards without an index: copy what is missing, or use "
+        "the checkpoint of another run",
     )
+
+
+def _lack(path: Path) -> str:
+    """Why what is in the directory of an iteration is no checkpoint."""
+    shards = [name for name in _names(path) if name.endswith(".distcp")]
+    if shards:
+        return f"has {listed(shards, 3)} and no whole .metadata, which is written last"
+    return "is empty" if _is_left_empty(path) else "holds no weights"
 
 
 def _listed_iterations(iterations: Sequence[tuple[int, Path]]) -> str:
@@ -407,7 +416,10 @@ def _tracked(run: Path) -> str | None:
     if text == "release":
         return text
     if not re.fullmatch(r"\d{1,12}", text):
-        raise Corrupt(f"{run / TRACKER} says {text!r:.60}, a number or `release` was expected")
+        raise Corrupt(
+            f"{run / TRACKER} says {text!r:.60}, a number or `release` was expected",
+            hint="name the directory of an iteration, iter_0000500, or write its number there",
+        )
     step = run / f"global_step_{int(text)}"
     return step.name if step.is_dir() else f"iter_{int(text):07d}"
 

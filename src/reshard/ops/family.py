@@ -37,6 +37,11 @@ def choose(config: Mapping[str, Any], names: Collection[str], *, on_hub: bool = 
         others = [family.name for family, left in scores[1:] if not left]
         said = f"{label} is not a known architecture: its tensors are exactly those of {nearest.name}"
         return nearest, (said + (f"; they are those of {listed(others)} too" if others else ""),)
+    if "?" in left:
+        raise Unsupported(
+            f"{label} is not a known architecture, and config.json does not say the sizes of any that is",
+            hint="`reshard families` lists what is known",
+        )
     raise Unsupported(
         f"{label} is not a known architecture; the nearest is {nearest.name}, from which {len(left)} names differ: "
         f"{listed(sorted(left))}",

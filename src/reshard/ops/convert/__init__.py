@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reshard.errors import InputError, NotFound
+from reshard.errors import InputError, Mismatch, NotFound
 from reshard.formats.megatron import locate
 from reshard.ops.convert.model import of_huggingface, of_megatron
 from reshard.ops.convert.options import FORMATS, Format, Options, check, check_mesh, format_named, unheeded
@@ -75,10 +75,10 @@ def prepare(source: Path | str, output: Path, options: Options) -> Prepared:
 
 
 def _with_path(error: InputError, source: str) -> InputError:
-    """The error, with the source before what it says where that names no path."""
-    if os.sep in str(error) or source in str(error):
-        return error
-    return type(error)(f"{source}: {error}", hint=error.hint)
+    """The error, with the source before what it says where that names no path, and a next step where it has none."""
+    said = str(error) if os.sep in str(error) or source in str(error) else f"{source}: {error}"
+    hint = "is the config.json, or the --hf-model, that of these tensors?" if isinstance(error, Mismatch) else None
+    return type(error)(said, hint=error.hint or hint)
 
 
 def is_megatron(source: Path) -> bool:
