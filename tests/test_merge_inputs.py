@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import tiny_models
 import workspace
 from checkpoints import equals, left_in, model, same, write_dcp
 from reshard.cli.main import main
-from reshard.errors import NotFound, OutputError, ReshardError, Unsupported
+from reshard.errors import Incomplete, Mismatch, NotFound, OutputError, ReshardError, Unsupported
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w/model_world_size_1_rank_0.pt"])
@@ -221,3 +222,68 @@ def test_a_lazy_tensor_is_indexed_as_numpys_or_says_why_not(tmp_path: Path) -> N
     for strange in (None, [0, 1], np.array([True, False]), (..., ...), "w"):
         with pytest.raises(IndexError):
             lazy[strange]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00001.safetensors"])
+def test_a_pointer_that_git_left_is_told_from_a_damaged_file(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    (tmp_path / name).write_text(pointer)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(Incomplete, match="Git LFS pointer") as caught:
+        reshard.merge(tmp_path, tmp_path / "out.safetensors")
+    assert caught.value.hint == "git lfs pull"
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.safetensor", "model.nemo"])
+def test_the_name_of_a_file_that_is_not_written_makes_no_directory(tmp_path: Path, name: str) -> None:
+    write_dcp(tmp_path / "source", model(1))
+    with pytest.raises(Unsupported, match="writes no"):
+        reshard.merge(tmp_path / "source", tmp_path / name)
+    reshard.merge(tmp_path / "source", tmp_path / "Llama-3.1-8B")
+    assert equals(tmp_path / "Llama-3.1-8B", model(1))
+
+
+def test_names_are_kept_with_what_wrappers_added(tmp_path: Path) -> None:
+    saved = {"w": torch.ones(1), "_orig_mod.w": torch.zeros(1)}
+    torch.save(saved, tmp_path / "saved.pt")
+    with pytest.raises(Mismatch, match="would get one name"):
+        reshard.merge(tmp_path / "saved.pt", tmp_path / "out.safetensors")
+    reshard.merge(tmp_path / "saved.pt", tmp_path / "out.safetensors", keep_names=True)
+    assert equals(tmp_path / "out.safetensors", saved)
+
+
+def test_a_name_that_safetensors_keeps_for_itself_is_not_written_there(tmp_path: Path) -> None:
+    torch.save({"__metadata__": torch.ones(1)}, tmp_path / "saved.pt")
+    with pytest.raises(Unsupported, match="__metadata__"):
+        reshard.merge(tmp_path / "saved.pt", tmp_path / "out.safetensors")
+    reshard.merge(tmp_path / "saved.pt", tmp_path / "out.pt")
+    assert same(torch.load(tmp_path / "out.pt")["__metadata__"], torch.ones(1))
+
+
+def test_shards_go_when_the_output_holds_their_objects_too(tmp_path: Path) -> None:
+    write_dcp(tmp_path / "source", model(1), prefix=("model",), objects={"epoch": 3})
+    for output, what in (("out.safetensors", "all"), ("out.pt", "model")):
+        with pytest.raises(OutputError, match="would lose what is not in the output: epoch"):
+            reshard.merge(tmp_path / "source", tmp_path / output, what=what, remove_shards=True)
+    reshard.merge(tmp_path / "source", tmp_path / "out.pt", what="all", remove_shards=True)
+    assert torch.load(tmp_path / "out.pt")["epoch"] == 3
+    assert not (tmp_path / "source").exists()
+
+
+def test_what_each_rank_keeps_for_itself_is_not_removed(tmp_path: Path) -> None:
+    for rank in range(2):
+        held = {"w": torch.ones(2), "seed": rank}
+        (tmp_path / "source").mkdir(exist_ok=True)
+        torch.save(held, tmp_path / f"source/model_world_size_2_rank_{rank}.pt")
+    with pytest.raises(OutputError, match="would lose what is not in the output: seed"):
+        reshard.merge(tmp_path / "source", tmp_path / "out.pt", what="all", remove_shards=True)
+
+
+def test_all_of_a_file_holds_the_tensors_inside_of_its_objects(tmp_path: Path) -> None:
+    saved = {"model": {"w": torch.ones(2)}, "window": deque([torch.arange(3.0)]), "seen": Counter("aab")}
+    torch.save(saved, tmp_path / "saved.pt")
+    reshard.merge(tmp_path / "saved.pt", tmp_path / "all.pt", what="all")
+    found = torch.load(tmp_path / "all.pt", weights_only=False)
+    assert same(found["window"][0], torch.arange(3.0))
+    assert found["seen"] == saved["seen"]
+    assert same(found["model"]["w"], torch.ones(2))

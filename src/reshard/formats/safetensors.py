@@ -31,6 +31,9 @@ HEADER_LIMIT_NBYTES = 100_000_000
 """What the safetensors library itself accepts."""
 RAW_DTYPES = "reshard.dtypes"
 _F4_PER_BYTE = 2
+_METADATA = "__metadata__"
+_LFS_POINTER = b"version "
+"""How a file begins that `git clone` left in the place of a large one. No header is as long as this says."""
 
 
 class _Entry(msgspec.Struct):
@@ -70,12 +73,15 @@ def read(path: Path, files: Files | None = None, start: int = 0) -> File:
     nbytes = files.nbytes(str(path)) - start
     if nbytes < 8:
         raise Incomplete(f"{path}: {nbytes} bytes are no safetensors file", hint="it may still be being written")
-    header_nbytes = int.from_bytes(files.pread(str(path), start, 8), "little")
+    head = files.pread(str(path), start, 8)
+    if head == _LFS_POINTER:
+        raise Incomplete(f"{path} is a Git LFS pointer, not the file itself", hint="git lfs pull")
+    header_nbytes = int.from_bytes(head, "little")
     if header_nbytes > min(HEADER_LIMIT_NBYTES, nbytes - 8):
         raise Corrupt(f"{path}: a safetensors header of {header_nbytes} bytes in a file of {nbytes}")
     try:
         header = msgspec.json.decode(files.pread(str(path), start + 8, header_nbytes), type=dict[str, msgspec.Raw])
-        metadata = msgspec.json.decode(header.pop("__metadata__", b"{}"), type=dict[str, str])
+        metadata = msgspec.json.decode(header.pop(_METADATA, b"{}"), type=dict[str, str])
         entries = {fqn: msgspec.json.decode(raw, type=_Entry) for fqn, raw in header.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Corrupt(f"{path}: the safetensors header is not what it should be: {error}") from error
@@ -96,6 +102,10 @@ def read(path: Path, files: Files | None = None, start: int = 0) -> File:
 
 def plan_file(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FilePlan:
     """One file of these tensors, in this order except that wider dtypes come first, as the library writes them."""
+    if _METADATA in tensors:
+        raise Unsupported(
+            f"a tensor is called {_METADATA}, which safetensors keeps for itself", hint="write a .pt file"
+        )
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     entries: dict[str, Any] = {}
     raw, offset = {}, 0
@@ -106,7 +116,7 @@ def plan_file(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, s
         entries[fqn] = {"dtype": name, "shape": shape, "data_offsets": [offset, offset + tensor.nbytes]}
         offset += tensor.nbytes
     metadata = dict(metadata) | ({RAW_DTYPES: msgspec.json.encode(raw).decode()} if raw else {})
-    header = msgspec.json.encode({"__metadata__": metadata} | entries)
+    header = msgspec.json.encode({_METADATA: metadata} | entries)
     header += b" " * (-len(header) % 8)
     prefix = len(header).to_bytes(8, "little") + header
     return FilePlan(path, (Segment(prefix), *(Segment(tensor, fqn) for fqn, tensor in ordered)))

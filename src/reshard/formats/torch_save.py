@@ -603,7 +603,10 @@ class _Archive:
 
     def _foreign(self, storage: StorageRef) -> Tensor:
         if self._carried is None:
-            raise Unsupported("an object that is written beside the tensors holds tensors of another file")
+            raise Unsupported(
+                "an object beside the tensors has tensors inside of it, which cannot be written there",
+                hint="leave objects out: --model, or .safetensors, which holds tensors only",
+            )
         if self._carried.byteorder != "little":
             raise Unsupported(f"{self._carried.path}: tensors of a big-endian file are not carried over")
         extent = self._carried.extent(storage)

@@ -253,9 +253,21 @@ def carry_out(
     return _merged(prepared, result, removed)
 
 
+_OTHER_FILES = (
+    ".distcp", ".gguf", ".h5", ".index", ".json", ".nemo", ".npz", ".onnx", ".pkl", ".pt2", ".safetensor", ".tar",
+    ".zip",
+)  # fmt: skip
+"""Suffixes that nobody gives to a directory of a model."""
+
+
 def kind_of(output: Path) -> Kind:
-    """What is written to an output of this name."""
+    """What is written to an output of this name. Raises Unsupported for names of files that are none of ours."""
     suffix = output.suffix.lower()
+    if suffix in _OTHER_FILES and not output.is_dir():
+        raise Unsupported(
+            f"{output}: merge writes no {suffix} files",
+            hint=".safetensors, or .pt, .pth, .bin, .ckpt; any other name is that of a directory",
+        )
     if suffix == ".safetensors":
         return "safetensors"
     return "torch_save" if suffix in (".ckpt", ".pt", ".pth", ".bin") else "huggingface"
@@ -292,7 +304,8 @@ def _chosen(opened: Checkpoint, options: Options) -> Checkpoint:
         checkpoint = names.optimizer_only(opened) if options.what == "optimizer" else opened
         if options.keep_names and options.what == "model":
             checkpoint = opened.select(names.model_fqns(opened))
-        return names.unwrapped(_filtered(checkpoint, options).located())
+        checkpoint = _filtered(checkpoint, options).located()
+        return checkpoint if options.keep_names else names.unwrapped(checkpoint)
     return _filtered(names.unwrapped(names.model_only(opened)), options).located()
 
 
@@ -430,7 +443,11 @@ def _plan_torch_save(root: Path, checkpoint: Checkpoint, output: Path, options: 
 
     if options.what == "all":
         nest = partial(names.nested, checkpoint)
-        return checkpoint, Plan((torch_save.plan(checkpoint, "", wrap=nest, name=output.stem),))
+        files = checkpoint.origin.files
+        is_one = checkpoint.origin.format == torch_save.NAME and len(files) == 1
+        carried = torch_save.read(files[0]) if is_one else None
+        plan = torch_save.plan(checkpoint, "", wrap=nest, carried=carried, name=output.stem)
+        return checkpoint, Plan((plan,))
     if output.suffix != ".ckpt":
         return checkpoint, Plan((torch_save.plan(checkpoint, "", name=output.stem),))
     config = lightning.find_config(root, options.cfg_key)
@@ -478,12 +495,19 @@ def _check_removable(prepared: Prepared) -> None:
         whole = [tensor for fqn, tensor in stored.items() if fqn not in left]
         source = prepared.opened.source
         left = [fqn for fqn in left if not any(same_bytes(stored[fqn], tensor, source) for tensor in whole)]
-    left += prepared.opened.objects
+    left += () if _holds_objects(prepared) else prepared.opened.objects
     if left:
         raise OutputError(
             f"{prepared.opened.origin.path}: --remove-shards would lose what is not in the output: {listed(left)}",
-            hint="take --all, or remove the shards yourself",
+            hint="take --all into a .pt file, or remove the shards yourself",
         )
+
+
+def _holds_objects(prepared: Prepared) -> bool:
+    """Whether the output holds all that is no tensor. Of what each rank keeps for itself it has one rank's."""
+    facts, origin = prepared.plan.facts, prepared.opened.origin
+    is_one = origin.format == "torch_save" or any(file.name == ".metadata" for file in origin.files)
+    return is_one and facts["output"] == "torch_save" and facts["options"].get("what") == "all"
 
 
 def _places(tensor: Tensor) -> set[tuple[object, ...]]:
