@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from safetensors.torch import load_file, save_file
 
 import tiny_models
@@ -270,3 +271,17 @@ def test_an_expert_that_is_missing_is_left_out_alone_and_never_of_a_tensor_of_al
     assert not (tmp_path / "out").exists()
     assert main([*words, str(models / "qwen3_moe")]) == 0
     assert "1 of its tensors are not in the checkpoint: model.layers.1.mlp.experts.2" in capsys.readouterr().err
+
+
+def test_a_family_that_packs_its_experts_itself_lacks_none(tmp_path: Path, capsys: Capture) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 3, "vocab_size": 32, "pad_token_id": None}
+    config = transformers.GptOssConfig(**sizes, **more)
+    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    words = ["convert", str(tmp_path / "model"), str(tmp_path / "m"), "--to", "fsdp_dtensor", "--dtype", "bfloat16"]
+    assert main([*words, "-q"]) == 0
+    checkpoint = without(tmp_path / "m", tmp_path / "short", "layers.0.mlp.experts.linear_fc2.weight1")
+    back = ("convert", checkpoint, tmp_path / "out", "--to", "hf", "--not-strict", "--hf-model", tmp_path / "model")
+    said = refused(capsys, *back)
+    assert "experts are missing of model.layers.0.mlp.experts.down_proj (has 2 of 3): one tensor holds all" in said
+    assert "--not-strict leaves out whole tensors only" in said

@@ -93,9 +93,13 @@ def _split_all(megatron: Mapping[str, Tensor], found: Mapping[str, Entry], facts
                 raise Mismatch(f"{name}: {hub} is there already, under another of Megatron's names")
             else:
                 result[hub] = part
-    short = [hub for hub in packs if hub not in result]
+    counts = {hub: entry.count for entry in found.values() for hub in entry.hub}
+    short = [f"{hub} (has {len(parts)} of {counts[hub]})" for hub, parts in packs.items() if hub not in result]
     if short:
-        raise Incomplete(f"experts are missing of {listed(short)}")
+        raise Incomplete(
+            f"experts are missing of {listed(short)}: one tensor holds all of a layer, of which no part is left out",
+            hint="is every shard there? --not-strict leaves out whole tensors only",
+        )
     return result
 
 
