@@ -517,6 +517,41 @@ def test_a_field_that_is_not_understood_is_an_error(fields: dict[str, Any], said
 
 
 @pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"activation": "fast-geglu"}, "activation_func: HF silu, checkpoint gelu"),
+        ({"seq_len_interpolation_factor": 2}, "seq_len_interpolation_factor: HF None, checkpoint 2"),
+        ({"rotary_percentage": 0.5}, r"rotary_percent: HF 1\.0, checkpoint 0\.5"),
+        ({"scale_positional_embedding": True}, "rope_scaling: HF False, checkpoint True"),
+        ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma: HF False, checkpoint True"),
+        ({"apply_embedding_scaling": True}, "apply_embedding_scaling: HF False, checkpoint True"),
+    ],
+)
+@pytest.mark.parametrize("to", ["nemo2", "hf"])
+def test_a_model_that_is_named_and_computes_otherwise_is_refused_with_both_values(
+    fields: dict[str, Any], said: str, to: str, tmp_path: Path
+) -> None:
+    converted(pack(tmp_path / "m.nemo", members()), tmp_path)
+    changed = pack(tmp_path / "changed.nemo", members(**fields))
+    with pytest.raises(Mismatch, match=said):
+        reshard.convert(changed, tmp_path / "out", to=to, hf_model=str(tmp_path / "hf"))
+
+
+def test_bands_of_a_scaling_are_held_against_the_model_that_is_named(tmp_path: Path) -> None:
+    converted(pack(tmp_path / "m.nemo", members(scale_positional_embedding=True)), tmp_path)
+    changed = pack(tmp_path / "changed.nemo", members(scale_positional_embedding=True, scale_factor=32.0))
+    with pytest.raises(Mismatch, match=r"rope_scaling_factor: HF 8\.0, checkpoint 32\.0"):
+        reshard.convert(changed, tmp_path / "out", to="hf", hf_model=str(tmp_path / "hf"))
+
+
+def test_a_window_that_nemos_converters_leave_out_is_said(tmp_path: Path) -> None:
+    converted(pack(tmp_path / "m.nemo", members(window_size=[32, 0])), tmp_path)
+    without = pack(tmp_path / "without.nemo", members(window_size=None))
+    result = reshard.convert(without, tmp_path / "out", to="hf", hf_model=str(tmp_path / "hf"))
+    assert any("counts where it says otherwise: window_size: HF [31, 0]" in notice for notice in result.notices)
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"apply_embedding_scaling": True},

@@ -15,7 +15,7 @@ from typing import Any
 from reshard.core.tensor import Tensor
 from reshard.dialects.apply import present
 from reshard.dialects.megatron_config import DEFAULTS, GPT, MALFORMED, NULL_MEANS_NONE, same, to_config, to_megatron
-from reshard.dialects.setting import Values
+from reshard.dialects.setting import Values, flat
 from reshard.dialects.table import Family, entries, variants
 from reshard.errors import Incomplete, InputError, Mismatch, Unsupported, listed
 
@@ -213,14 +213,7 @@ def _missing(config: Values, family: Family, stated: Values, tensors: Mapping[st
     except MALFORMED as error:
         raise Mismatch(f"the settings make no {family.name} model: {error!r:.100}") from error
     ours, _ = to_megatron(config, family, facts)
-    unlike = [
-        f"{name} {_canonical(name, stated)!r}, not {_canonical(name, ours)!r}"
-        for name in _IDENTITY
-        if not same(_canonical(name, ours), _canonical(name, stated))
-    ]
-    scaled = stated.get("apply_embedding_scaling")
-    if isinstance(scaled, bool) and scaled != family.name.startswith(_SCALED):
-        unlike.append(f"apply_embedding_scaling {scaled}, not {not scaled}")
+    unlike = [f"{name} {said!r}, not {meant!r}" for name, said, meant in _unlike(ours, stated, family)]
     if unlike:
         raise Mismatch(f"the checkpoint says {listed(unlike, 3)}")
     if facts.counts.get("expert"):
@@ -232,6 +225,52 @@ def _missing(config: Values, family: Family, stated: Values, tensors: Mapping[st
         raise Mismatch(f"{len(unknown)} tensors are not its: {listed(unknown, 3)}")
     have = {hub for name in tensors for hub in (table.get(name) or others[name]).hub}
     return [name for name, entry in table.items() if not set(entry.hub) <= have]
+
+
+def _unlike(ours: Values, stated: Values, family: Family) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, the checkpoint's value, a config's) where they are not the same."""
+    for name in _IDENTITY:
+        meant, said = _canonical(name, ours), _canonical(name, stated)
+        if not same(meant, said):
+            yield name, said, meant
+    scaled = stated.get("apply_embedding_scaling")
+    if isinstance(scaled, bool) and scaled != family.name.startswith(_SCALED):
+        yield "apply_embedding_scaling", scaled, not scaled
+
+
+def contradictions(config: Values, family: Family, settings: Values) -> tuple[list[str], list[str]]:
+    """What a config.json and NeMo's settings of a model say differently: (what makes it another model, the rest).
+
+    Nothing where the settings are not whole. The rest is what NeMo's own converters leave out: how far attention
+    reaches, and which of two GELUs is meant.
+    """
+    if not {"normalization", "activation_func", "position_embedding_type"} <= settings.keys():
+        return [], []
+    is_nemo_2 = str(settings.get("model_class")).startswith("nemo.")
+    stated = {**settings, **(of_nemo(settings) if is_nemo_2 else {})}
+    ours, _ = to_megatron(config, family, family.facts(config))
+    found = [*_unlike(ours, stated, family)]
+    rope = flat(config)["rope"]
+    if ours.get("rope_scaling") is True and stated.get("rope_scaling") is True:
+        pairs = [(name, stated.get(name), rope.get(key)) for name, key in _BANDS]
+        found += [(name, said, meant) for name, said, meant in pairs if None not in (said, meant) and said != meant]
+    gelus = {"gelu", "fast_gelu"}
+    lesser = [f for f in found if f[0] == "window_size" or (f[0] == "activation_func" and gelus == {*f[1:]})]
+    return [_sentence(f) for f in found if f not in lesser], [_sentence(f) for f in lesser]
+
+
+_BANDS = (
+    ("rope_scaling_factor", "factor"),
+    ("low_freq_factor", "low_freq_factor"),
+    ("high_freq_factor", "high_freq_factor"),
+    ("old_context_len", "original_max_position_embeddings"),
+)
+"""(NeMo's setting, the config's)."""
+
+
+def _sentence(found: tuple[str, Any, Any]) -> str:
+    name, said, meant = found
+    return f"{name}: HF {meant}, checkpoint {said}"
 
 
 _SCALED = "gemma"
@@ -290,19 +329,24 @@ def _hints(
 ) -> tuple[int, ...]:
     """How much speaks for a family: what made the checkpoint, settings that are its own, and proof."""
     source = str(hf_model_id or stated.get("hf_model_id") or stated.get("model_class") or "")
-    named = source.rpartition("/")[2].lower().replace("-", "_")
+    named = _letters(source.rpartition("/")[2])
     built = ours.get("_target_") == stated.get("_target_")
     turns_parts = "rotary_percent" in {item[0] if isinstance(item, tuple) else item.name for item in family.settings}
     return (
         turns_parts or ours.get("rotary_percent") in (None, 1),
         built and ours.get("_target_") != GPT,
         ours.get("transformer_layer_spec") == stated.get("transformer_layer_spec"),
-        any(kind.removesuffix("_text") in named for kind in (family.name, *family.model_types)),
+        any(_letters(kind.removesuffix("_text")) in named for kind in (family.name, *family.model_types)),
         "bit for bit" in family.verified,
         sum(same(_canonical(name, ours), _canonical(name, stated)) for name in telling),
         "transformers" in family.verified,
         built,
     )
+
+
+def _letters(name: str) -> str:
+    """`Phi-3-mini` and `phi3`, `Qwen2.5-VL` and `qwen2_5_vl` in one spelling."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 _OF_TRAINING = frozenset(

@@ -322,7 +322,7 @@ def _lacking(found: Tokenizer) -> tuple[str, ...]:
     if not found.files and found.hub is not None:
         said.append(
             f"the tokenizer is {found.hub} on the hub, and the archive has none of its files: only the name is taken "
-            "over"
+            "over, and nothing tells which tokens begin and end a text"
         )
     if found.files and not found.files.keys() & {"tokenizer.model", "tokenizer.json", TIKTOKEN}:
         said.append(f"the tokenizer is {listed(found.files)}, of a kind that NeMo 2 has to be told: --tokenizer-path")

@@ -292,13 +292,22 @@ def _understood(
         return found.family, found.config, found.notices
     family, notices = choose(reference.config, tensors, on_hub=False)
     against = megatron_config.check_config(reference.config, settings.values)
-    if against:
+    more, lesser = (
+        recognise.contradictions(reference.config, family, settings.values) if _is_nemos(settings) else ([], [])
+    )
+    if against or more:
         raise Mismatch(
-            f"{where} is not a checkpoint of {reference.path}: {'; '.join(against)}",
+            f"{where} is not a checkpoint of {reference.path}: {'; '.join(against or more)}",
             hint="--hf-model names the HuggingFace model that was trained",
         )
     _check_vocabulary(opened, reference.config)
-    return family, reference.config, (*reference.notices, *notices)
+    said = (f"{reference.path} counts where it says otherwise: {'; '.join(lesser)}",) if lesser else ()
+    return family, reference.config, (*reference.notices, *notices, *said)
+
+
+def _is_nemos(settings: Settings) -> bool:
+    """Whether NeMo wrote the settings: they say all that a model computes with."""
+    return settings.source in (nemo1.MODEL_CONFIG, "hyper_parameters", nemo2_context.IO, nemo2_context.MODEL)
 
 
 def _check_vocabulary(opened: MegatronCheckpoint, config: Mapping[str, Any]) -> None:
