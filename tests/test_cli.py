@@ -407,6 +407,35 @@ def test_options_of_a_merge_that_change_nothing_are_said(lmms: Path, capsys: Cap
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["merge", "", "out"], "SRC is empty"),
+        (["merge", "run", ""], "OUT is empty"),
+        (["merge", "run", "out", "--base", ""], "--base is empty"),
+        (["convert", "run", "", "--to", "hf"], "OUT is empty"),
+        (["convert", "", "out", "--to", "hf"], "SRC is empty"),
+        (["export", "--megatron-path", "", "--hf-path", "out", "--hf-model", "x"], "--megatron-path is empty"),
+        (
+            ["export", "--megatron-path", ".", "--hf-path", "out", "--hf-model", "x"],
+            "no checkpoint of Megatron is there",
+        ),
+    ],
+)
+def test_a_path_that_is_empty_is_not_the_directory_where_one_is(
+    words: list[str], said: str, lmms: Path, capsys: Capture
+) -> None:
+    assert main(words) == 1
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in lmms.iterdir()) == ["run"]
+
+
+def test_a_base_that_has_nothing_to_give_is_refused(lmms: Path, capsys: Capture) -> None:
+    (lmms / "empty").mkdir()
+    assert main(["merge", "run", "out", "--base", "empty"]) == 1
+    assert "--base empty has neither config.json nor files of a tokenizer" in capsys.readouterr().err
+
+
 def test_a_path_that_begins_with_a_dash_is_told_from_an_option(lmms: Path, capsys: Capture) -> None:
     (lmms / "run").rename(lmms / "-run")
     assert main(["merge", "-run", "out"]) == 1

@@ -94,6 +94,11 @@ def refused(capsys: Capture, *words: object) -> str:
             "torch_dist --max-shard-size huge",
             "error: 'huge' is no size\n\nhint: --max-shard-size and --memory",
         ),
+        (
+            "llama",
+            "torch_dist --dtype bf17",
+            "--dtype bf17: weights are written in float32, bfloat16, float16 or float64",
+        ),
         ("llama-megatron", "hf --hf-model /", "--hf-model /: there is no config.json in /"),
         (
             "llama/model.safetensors",

@@ -930,3 +930,12 @@ def test_values_that_mean_something_else_in_nemo_2_are_to_be_looked_at(old: str,
 )  # fmt: skip
 def test_values_that_go_as_they_are_are_not_remarked(old: str, value: Any) -> None:
     assert not finding(of(nested({old: value})), old).attention
+
+
+def test_an_output_that_cannot_be_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gpt.yaml").write_text("model: {num_layers: 2}\n")
+    words = ["migrate-config", str(tmp_path / "gpt.yaml"), "--force", "--output"]
+    assert main([*words, str(tmp_path)]) == 1
+    assert f"{tmp_path} is a directory, and the output is a file" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "gone" / "gpt.py")]) == 1
+    assert f"there is no directory {tmp_path / 'gone'}" in capsys.readouterr().err

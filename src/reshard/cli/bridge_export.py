@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from reshard.cli import convert
+from reshard.cli import convert, options
 from reshard.cli.bridge_import import add_script_options, check_format, say_meaningless
 from reshard.errors import NotFound
 
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     args.quiet |= args.no_progress
     check_format(args, READ)
     say_meaningless(args, ckpt_format="it is seen on the files")
+    options.check_named(**{"--megatron-path": args.megatron_path})
     source = Path(args.megatron_path)
     if not is_megatron(source):
         what = "no checkpoint of Megatron is there" if source.exists() else "no such file or directory"

@@ -116,6 +116,7 @@ def write(args: argparse.Namespace, source: str, target: str, fields: dict[str, 
     from reshard.ops.convert import Options, prepare
     from reshard.ops.merge import carry_out
 
+    options.check_named(SRC=source, OUT=target, **{"--hf-model": fields["hf_model"]})
     destination = Path(target)
     if destination.suffix.lower() in _FILES and not destination.is_dir():
         raise OutputError(

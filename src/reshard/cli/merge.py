@@ -75,6 +75,7 @@ def _named(args: argparse.Namespace) -> tuple[str, str | None]:
     given = [path for path in (args.source, args.output) if path is not None]
     source = args.input_dir if args.input_dir is not None else given.pop(0) if given else None
     target = args.output_option if args.output_option is not None else given.pop(0) if given else None
+    options.check_named(SRC=source, OUT=target, **{"--base": args.base})
     if source is None:
         raise InputError("no checkpoint was named", hint="reshard merge SRC OUT")
     if given:

@@ -33,8 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from reshard.ops.migrate import migrated, read
 
+    if args.output and args.output.is_dir():
+        raise OutputError(f"{args.output} is a directory, and the output is a file", hint="--output DIRECTORY/name.py")
     if args.output and args.output.exists() and not args.force:
         raise OutputError(f"{args.output} exists", hint="--force replaces it")
+    if args.output and not args.output.parent.is_dir():
+        raise OutputError(f"{args.output}: there is no directory {args.output.parent}", hint="make it, or name another")
     migration = migrated(read(args.config))
     text = _text(migration, args.format or _format_of(args.output))
     if args.output:

@@ -81,6 +81,13 @@ def weights(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_named(**paths: str | None) -> None:
+    """Raise ReshardError for a path that is empty, as one of a shell's variable that is not set."""
+    empty = [name.replace("_", "-") for name, path in paths.items() if path == ""]
+    if empty:
+        raise ReshardError(f"{', '.join(empty)} is empty", hint="is a variable of the shell not set?")
+
+
 def spread(args: argparse.Namespace) -> Spread:
     """How the work is spread over ranks."""
     return Spread(args.distributed_save, args.save_every_n_ranks)

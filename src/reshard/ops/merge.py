@@ -288,6 +288,8 @@ def _accompanied(opened: Checkpoint, found: Found, options: Options, ways: Ways 
     if options.base is not None:
         hint = f"{ways.base} DIR names a directory with config.json and the tokenizer files"
         other, files = huggingface.companions(hub.resolve(options.base, hint=hint))
+        if other is None and not files:
+            raise NotFound(f"{ways.base} {options.base} has neither config.json nor files of a tokenizer", hint=hint)
         if any(map(_TOKENIZER.fullmatch, assets)):  # a tokenizer is all of its files, from one place
             files = {name: file for name, file in files.items() if not _TOKENIZER.fullmatch(name)}
         config, assets = config if config is not None else other, files | assets

@@ -88,10 +88,10 @@ def check(options: Options) -> None:
     target_named(options.target or DEFAULT_TARGET.name)
     if options.max_shard_size is not None:
         huggingface.parse_size(options.max_shard_size)
-    if options.dtype is not None and (dtype(options.dtype).kind != "float" or is_float8(dtype(options.dtype))):
+    if options.dtype is not None and not _is_weights(options.dtype):
         raise Unsupported(
             f"--dtype {options.dtype}: weights are written in float32, bfloat16, float16 or float64",
-            hint="quantize the model that was written with the program that will serve it",
+            hint="name one of these; a model is quantized by the program that will serve it, once it is written",
         )
     if options.vocab_divisor is not None and options.vocab_divisor < 1:
         raise Mismatch(
@@ -108,6 +108,15 @@ def check(options: Options) -> None:
             f"--not-strict --to {options.to}: no loader of Megatron takes a model that lacks tensors",
             hint="leave --not-strict out, or convert --to hf",
         )
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a dtype is known, and one of whole weights."""
+    try:
+        found = dtype(name)
+    except Unsupported:
+        return False
+    return found.kind == "float" and not is_float8(found)
 
 
 def check_mesh(options: Options) -> None:
