@@ -287,3 +287,25 @@ def test_all_of_a_file_holds_the_tensors_inside_of_its_objects(tmp_path: Path) -
     assert same(found["window"][0], torch.arange(3.0))
     assert found["seen"] == saved["seen"]
     assert same(found["model"]["w"], torch.ones(2))
+
+
+def test_all_holds_the_averaged_weights_beside_the_others(tmp_path: Path) -> None:
+    trained, averaged = workspace.state_of(seed=1), workspace.state_of(seed=2)
+    workspace.write_lmms(tmp_path / "run/checkpoint-4", trained, ema=averaged)
+    reshard.merge(tmp_path / "run", tmp_path / "all.pt", what="all")
+    found = torch.load(tmp_path / "all.pt")
+    assert all(same(found[fqn], tensor) for fqn, tensor in trained.items())
+    assert all(same(found["ema"][fqn], tensor) for fqn, tensor in averaged.items())
+    assert found["optimizer"].keys() == trained.keys()
+
+
+def test_counted_parameters_of_an_optimizer_file_are_counted_in_all(tmp_path: Path) -> None:
+    (tmp_path / "ckpt").mkdir()
+    state = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0], "betas": (0.9, 1)}]}
+    for rank in range(2):
+        torch.save({"w": torch.ones(2)}, tmp_path / f"ckpt/model_world_size_2_rank_{rank}.pt")
+        torch.save(state, tmp_path / f"ckpt/optim_world_size_2_rank_{rank}.pt")
+    reshard.merge(tmp_path / "ckpt", tmp_path / "all.pt", what="all")
+    found = torch.load(tmp_path / "all.pt")["optimizer"]
+    assert found["param_groups"] == state["param_groups"]
+    assert same(found["state"][0]["exp_avg"], torch.ones(2))

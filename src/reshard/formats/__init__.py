@@ -13,7 +13,7 @@ from pathlib import Path
 from reshard.core.checkpoint import Checkpoint
 from reshard.core.tensor import Tensor
 from reshard.errors import Corrupt
-from reshard.formats.detect import MODEL, OPTIMIZER, Found, Part, find
+from reshard.formats.detect import EMA, MODEL, OPTIMIZER, Found, Part, find
 
 FORMATS = (
     "dcp", "rank_files", "dcp_safetensors", "huggingface", "safetensors", "torch_save", "deepspeed", "megatron", "zarr",
@@ -35,8 +35,8 @@ def open_part(part: Part, *, verify: bool = False) -> Checkpoint:
 def open_found(found: Found, roles: tuple[str, ...] = (MODEL,), *, verify: bool = False) -> Checkpoint:
     """The parts of these roles as one checkpoint, with the origin of the whole.
 
-    Names of an optimizer part get `optimizer.` in front unless they have it. Raises Corrupt when two parts hold one
-    FQN.
+    Names of an optimizer part get `optimizer.` in front unless they have it, those of averaged weights `ema.`. Raises
+    Corrupt when two parts hold one FQN.
     """
     parts = [(part, open_part(part, verify=verify)) for part in found.parts if part.role in roles]
     first = parts[0][1]
@@ -49,14 +49,17 @@ def open_found(found: Found, roles: tuple[str, ...] = (MODEL,), *, verify: bool 
     objects, paths = dict(first.objects), dict(first.paths)
     for part, checkpoint in parts:
         located = checkpoint.located()
-        prefix = "optimizer." if part.role == OPTIMIZER and not _is_prefixed(checkpoint) else ""
+        container = _container(part, checkpoint)
+        prefix = f"{container}." if container else ""
         for fqn, tensor in located.tensors.items():
             if prefix + fqn in tensors:
                 raise Corrupt(f"{prefix + fqn} is in two parts of {found.root}: {part.path} and another")
             tensors[prefix + fqn] = tensor
             path = checkpoint.path(fqn)
-            paths[prefix + fqn] = ("optimizer", *path) if prefix else path
-        objects |= {prefix + name: value for name, value in checkpoint.objects.items()}
+            paths[prefix + fqn] = (container, *path) if container else path
+        for name, value in checkpoint.objects.items():
+            objects[prefix + name] = value
+            paths[prefix + name] = (container, *checkpoint.path(name)) if container else checkpoint.path(name)
     files = tuple(file for _, checkpoint in parts for file in checkpoint.origin.files)
     notices = found.notices + tuple(n for _, checkpoint in parts for n in checkpoint.notices)
     return replace(
@@ -68,6 +71,13 @@ def open_found(found: Found, roles: tuple[str, ...] = (MODEL,), *, verify: bool 
         notices=notices,
         locate=None,
     )
+
+
+def _container(part: Part, checkpoint: Checkpoint) -> str:
+    """What is put above the names of a part, which would be the model's otherwise; empty where nothing is."""
+    if part.role == OPTIMIZER and not _is_prefixed(checkpoint):
+        return "optimizer"
+    return "ema" if part.role == EMA else ""
 
 
 def _is_prefixed(checkpoint: Checkpoint) -> bool:
