@@ -116,6 +116,21 @@ def test_a_model_is_known_by_its_settings_and_computes_the_same(
 
 
 @pytest.mark.parametrize(
+    ("directory", "model_type"), [("Phi-3-mini", "phi3"), ("Mistral-7B", "mistral"), ("x", "llama")]
+)
+def test_models_that_compute_alike_are_told_apart_by_the_name_of_the_one_that_was_converted(
+    directory: str, model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = saved(model_type, TEXT | {"sliding_window": None, "hidden_size": 32}, tmp_path / directory)
+
+    convert(tmp_path / directory, tmp_path / "megatron", "torch_dist", capsys)
+    convert(tmp_path / "megatron", tmp_path / "back", "hf", capsys)
+
+    assert AutoConfig.from_pretrained(tmp_path / "back").model_type == model_type
+    assert torch.equal(logits(kind, tmp_path / "back"), logits(kind, tmp_path / directory))
+
+
+@pytest.mark.parametrize(
     "model_type, values, said",
     [
         ("gemma2", GEMMA | {"layer_types": SOME_TWICE}, "computes layer 0 with sliding_attention"),
