@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reshard.core import sums
+from reshard.core.box import Box
 from reshard.core.dtypes import dtype
 from reshard.core.mean import Mean
 from reshard.core.tensor import Filled, Literal
@@ -246,3 +247,11 @@ def test_nan_and_infinity_among_short_numbers_are_reported(kind: Any) -> None:
 def test_zeros_keep_their_sign_where_they_agree(kind: Any) -> None:
     found = mean_of(kind, [[0, 1 << 15, 0], [0, 1 << 15, 1 << 15]], [1.0, 1.0], kind)
     assert [math.copysign(1, x) for x in found] == [1, -1, 1]
+
+
+def test_the_mean_of_nothing_is_nothing() -> None:
+    kind = dtype("BF16")
+    part = Literal(kind, (0, 3), b"")
+    for accumulate in ("float64", "float32"):
+        out = np.empty((0, 3), kind.storage)
+        Mean(kind, (0, 3), (part, part), (1.0, 1.0), accumulate).read_into(Box.whole((0, 3)), out, Reader())

@@ -72,7 +72,7 @@ class Mean(Tensor):
 
     def _write_short(self, blocks: Sequence[Array], out: Array) -> None:
         """Write the mean of 1-D blocks from float32, and then once more where that may have lost something."""
-        lossy = []
+        lossy = [np.empty(0, np.intp)]
         for piece in _pieces(out, sums.MOST):
             parts = [block[piece] for block in blocks]
             round_into(_mean_float32(parts, self._factors), out[piece], self.dtype)

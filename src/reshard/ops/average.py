@@ -1,7 +1,7 @@
 """average: the mean of checkpoints, straight from their shards.
 
-The sources may be of any mixture of formats. Each block is read from all of them, summed, divided and
-rounded once. What is not a floating-point tensor must agree, or is taken from the last and named.
+The sources may be of any mixture of formats. Each block is read from all of them, summed, divided and rounded once.
+What is not a floating-point tensor must agree, or is taken from the last and named.
 """
 
 from __future__ import annotations
