@@ -1,4 +1,4 @@
-"""Write the mean of checkpoints, straight from their shards: float64 sums, rounded once.
+"""Write the mean of checkpoints, straight from their shards: the exact mean, rounded once.
 
 SRC   checkpoints of any formats; or one run, of which all numbered checkpoints are taken, in ascending order
 """
