@@ -309,3 +309,17 @@ def test_counted_parameters_of_an_optimizer_file_are_counted_in_all(tmp_path: Pa
     found = torch.load(tmp_path / "all.pt")["optimizer"]
     assert found["param_groups"] == state["param_groups"]
     assert same(found["state"][0]["exp_avg"], torch.ones(2))
+
+
+def test_all_without_what_wrappers_added_is_nested_as_before(tmp_path: Path) -> None:
+    names = ("_orig_mod.layers.0._checkpoint_wrapped_module.w", "module._fsdp_wrapped_module.head")
+    saved = {"model": {fqn: torch.ones(2) for fqn in names}, "state": {"lr": {"last": 0.1}}, "runs": {3: torch.ones(1)}}
+    torch.save(saved, tmp_path / "saved.pt")
+    reshard.merge(tmp_path / "saved.pt", tmp_path / "all.pt", what="all")
+    found = torch.load(tmp_path / "all.pt")
+    assert list(found["model"]) == ["layers.0.w", "module.head"]
+    assert found["state"] == saved["state"]
+    assert list(found["runs"]) == [3]
+    assert reshard.verify(tmp_path / "all.pt", tmp_path / "saved.pt").ok
+    reshard.merge(tmp_path / "saved.pt", tmp_path / "kept.pt", what="all", keep_names=True)
+    assert list(torch.load(tmp_path / "kept.pt")["model"]) == list(names)

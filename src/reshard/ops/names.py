@@ -92,7 +92,22 @@ def unwrapped(checkpoint: Checkpoint) -> Checkpoint:
 
     Raises Mismatch when two tensors would get one name.
     """
-    return _without(checkpoint, lambda parts: [p for p in parts if p not in _WRAPPERS], ", ".join(_WRAPPERS))
+    renamed = _without(checkpoint, _without_wrappers, ", ".join(_WRAPPERS))
+    if renamed is checkpoint:
+        return checkpoint
+    return replace(renamed, paths={**renamed.paths, **{fqn: _unwrapped(renamed.path(fqn)) for fqn in renamed}})
+
+
+def _without_wrappers(parts: list[str]) -> list[str]:
+    return [part for part in parts if part not in _WRAPPERS]
+
+
+def _unwrapped(path: KeyPath) -> KeyPath:
+    """A path whose keys, joined, are the name without the wrappers' segments."""
+    if not any(wrapper in str(key) for key in path for wrapper in _WRAPPERS):
+        return path
+    keys = ((key, _without_wrappers(str(key).split("."))) for key in path)
+    return tuple(".".join(left) if left != str(key).split(".") else key for key, left in keys if left)
 
 
 def without_ddp(checkpoint: Checkpoint) -> Checkpoint:
@@ -210,7 +225,8 @@ def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     return replace(
         checkpoint,
         tensors={new: checkpoint.tensors[old] for old, new in names.items()},
-        paths={new: checkpoint.path(old) for old, new in names.items()},
+        paths={name: checkpoint.path(name) for name in checkpoint.objects}
+        | {new: checkpoint.path(old) for old, new in names.items()},
         locate=checkpoint.locate and partial(_locate, checkpoint.locate, {new: old for old, new in names.items()}),
     )
 
