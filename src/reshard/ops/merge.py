@@ -22,7 +22,7 @@ from reshard.core.checkpoint import Checkpoint, same_bytes
 from reshard.core.compute import cast
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Tensor, leaves
-from reshard.errors import Corrupt, InputError, NotFound, OutputError, Unsupported, command, listed
+from reshard.errors import Corrupt, InputError, Mismatch, NotFound, OutputError, Unsupported, command, listed
 from reshard.formats import open_found
 from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find, shards_in
 from reshard.ops import names, tie
@@ -58,7 +58,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     """FQN globs; not these."""
     keep_names: bool = False
-    """Every FQN as stored: no containers off, no hub names, no ties."""
+    """Every FQN as stored: no containers off, no hub names, no ties. What wrappers added goes unless names need it."""
     step: int | None = None
     state_dict_dirname: str | None = None
     cfg_key: str | None = None
@@ -307,7 +307,12 @@ def _chosen(opened: Checkpoint, options: Options) -> Checkpoint:
         if options.keep_names and options.what == "model":
             checkpoint = opened.select(names.model_fqns(opened))
         checkpoint = _filtered(checkpoint, options).located()
-        return checkpoint if options.keep_names else names.unwrapped(checkpoint)
+        try:
+            return names.unwrapped(checkpoint)
+        except Mismatch:  # names that only the wrappers' segments tell apart
+            if options.keep_names:
+                return checkpoint
+            raise
     return _filtered(names.unwrapped(names.model_only(opened)), options).located()
 
 
