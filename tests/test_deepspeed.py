@@ -473,11 +473,41 @@ def test_a_parameter_that_nothing_describes_is_incomplete(tmp_path: Path) -> Non
         ("frozen_param_shapes", {"z": torch.Size((3,))}),
         ("frozen_param_fragments", 1),
         ("shared_params", [1]),
+        ("shared_params", {"z": ["a"]}),
+        ("buffer_names", 3),
     ],
 )
 def test_values_of_the_wrong_kind_end_in_an_error_that_names_the_file(tmp_path: Path, key: str, value: Any) -> None:
     write_zero(tmp_path, params(), 2, 1, {key: value})
     with pytest.raises(ReshardError, match=r"model_states|param_shapes|elements"):
+        deepspeed.open(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("key", ["param_shapes", "frozen_param_shapes"])
+def test_shapes_beyond_any_number_of_elements_are_refused(tmp_path: Path, key: str, stage: int) -> None:
+    huge = {"z": (1 << 61,) * 20}
+    write_zero(tmp_path, params(), 2, stage, {key: [huge, {}] if key == "param_shapes" else huge,
+                                              "frozen_param_fragments": {"z": torch.ones(3)}})  # fmt: skip
+    with pytest.raises(ReshardError, match=r"elements|frozen parameter z"):
+        deepspeed.open(tmp_path)
+
+
+def test_counts_beyond_measure_take_no_time(tmp_path: Path) -> None:
+    save({"module": {"gate": noise((2,), 0)}, "num_experts": [1 << 60]}, tmp_path / "mp_rank_00_model_states.pt")
+    save({}, tmp_path / "layer_0_expert_999999999_mp_rank_00_model_states.pt")
+    with pytest.raises(Incomplete, match="experts 0, 1, 2"):
+        deepspeed.open(tmp_path)
+    write_zero(tmp_path / "zero", params(), 1, 1)
+    changed(optim(tmp_path / "zero"), lambda state: state.update(partition_count=1 << 60))
+    with pytest.raises(Incomplete, match=f"{(1 << 60) - 1} of {1 << 60} ranks are missing"):
+        deepspeed.open(tmp_path / "zero")
+
+
+def test_groups_of_partitions_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    write_zero(tmp_path, params(), 1, 1)
+    changed(optim(tmp_path), lambda state: state.update(ds_zero_partition_groups=3))
+    with pytest.raises(Unsupported, match="groups on different numbers of ranks"):
         deepspeed.open(tmp_path)
 
 

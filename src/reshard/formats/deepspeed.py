@@ -34,7 +34,14 @@ from typing import Any
 
 from reshard.core.checkpoint import Checkpoint, KeyPath, Origin
 from reshard.errors import Corrupt, Incomplete, NotFound, Unsupported, listed
-from reshard.formats.deepspeed_directory import COPY_AGAIN, Listing, check_ranks, in_order, refuse_tensor_parallel
+from reshard.formats.deepspeed_directory import (
+    COPY_AGAIN,
+    Listing,
+    check_ranks,
+    in_order,
+    lacking,
+    refuse_tensor_parallel,
+)
 from reshard.formats.deepspeed_model import model_of
 from reshard.formats.deepspeed_states import ModelStates, count_of, dict_of, read
 from reshard.formats.deepspeed_trained import Trained, from_partitions
@@ -166,9 +173,9 @@ def _check_experts(path: Path, listing: Listing, model: ModelStates) -> None:
     stated = model.get("num_experts")
     stated = stated if isinstance(stated, list | tuple) else []
     for layer in range(max(len(stated), 1 + max(layer for layer, _ in listing.experts))):
-        here = [expert for number, expert in listing.experts if number == layer]
+        here = {expert for number, expert in listing.experts if number == layer}
         count = max([stated[layer]] if layer < len(stated) and type(stated[layer]) is int else [], default=0)
-        missing = [expert for expert in range(max(count, max(here, default=-1) + 1)) if expert not in here]
+        missing = lacking(here, max(count, max(here, default=-1) + 1))
         if missing or not here:
             what = f"experts {listed(map(str, missing))}" if missing else "all experts"
             raise Incomplete(f"{path}: {what} of layer {layer} are missing", hint=COPY_AGAIN)

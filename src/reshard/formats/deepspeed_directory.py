@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,16 +111,22 @@ def matches(path: Path, names: Iterable[str]) -> bool:
 
 def check_ranks(path: Path, example: str, ranks: Mapping[int, str], count: int) -> None:
     """Raise Incomplete naming the files that are missing or too many."""
-    missing = [rank for rank in range(min(count, len(ranks) + 10_000)) if rank not in ranks]
+    missing = lacking(ranks, count)
     if missing:
         names = (re.sub(r"(?<=zero_pp_rank_)\d+", str(rank), example) for rank in missing)
-        raise Incomplete(f"{path}: {len(missing)} of {count} ranks are missing: {listed(names)}", hint=COPY_AGAIN)
+        there = sum(rank < count for rank in ranks)
+        raise Incomplete(f"{path}: {count - there} of {count} ranks are missing: {listed(names)}", hint=COPY_AGAIN)
     extra = [name for rank, name in ranks.items() if rank >= count]
     if extra:
         raise Incomplete(
             f"{path}: {count} ranks wrote this, and there are files of more: {listed(extra)}",
             hint="they are left over from another save, which this one may have overwritten in part",
         )
+
+
+def lacking(there: Collection[int], count: int) -> list[int]:
+    """Which of so many numbers are not there; not all of them where a file claims a count beyond measure."""
+    return [number for number in range(min(count, len(there) + 10_000)) if number not in there]
 
 
 def refuse_tensor_parallel(path: Path, listing: Listing) -> None:

@@ -107,7 +107,7 @@ class _Model:
         if len(parts) == 1 and parts[0].shape == shape:
             return parts[0]
         numel = math.prod(shape)
-        expected = [math.ceil(numel / len(parts))] * len(parts)
+        expected = [-(-numel // len(parts))] * len(parts)
         if [list(part.shape) for part in parts] != [[n] for n in expected] or not self._trained.is_stage3:
             raise Corrupt(
                 f"{self._main.file.path.parent}: the frozen parameter {name} of the shape {list(shape)} has parts of"

@@ -37,7 +37,7 @@ def end_to_end(ranks: Groups, shapes: Sequence[Mapping[str, Shape]], where: str)
                 )
             found[name] = joined(flat.take(start, stop), ranks[0][number], shape)
             start = stop
-        if math.ceil(start / align) != math.ceil(flat.size / align):
+        if -(-start // align) != -(-flat.size // align):
             raise Corrupt(
                 f"{where}: group {number} has {flat.size} elements, its parameters have {start}: more is left over"
                 f" than padding to a multiple of {align}"
@@ -49,14 +49,14 @@ def interleaved(ranks: Groups, shapes: Sequence[Mapping[str, Shape]], where: str
     """ZeRO 3: each parameter out of its parts on every rank."""
     flats = [Flat(rank) for rank in ranks]
     params = {name: shape for group in shapes for name, shape in group.items()}
-    expected = sum(math.ceil(math.prod(shape) / len(ranks)) for shape in params.values())
+    expected = sum(-(-math.prod(shape) // len(ranks)) for shape in params.values())
     for rank, flat in enumerate(flats):
         if flat.size != expected:
             raise Corrupt(f"{where}: rank {rank} holds {flat.size} elements, its parts of the parameters {expected}")
     found, at = {}, 0
     for name, shape in params.items():
         numel = math.prod(shape)
-        part = math.ceil(numel / len(ranks))
+        part = -(-numel // len(ranks))
         pieces = [
             piece
             for rank, flat in enumerate(flats)

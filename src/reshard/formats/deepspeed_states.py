@@ -36,7 +36,7 @@ class ModelStates:
     frozen_shapes: dict[str, Shape]
     frozen: dict[str, Any]
     """This rank's part of each frozen parameter."""
-    shared: dict[str, Any]
+    shared: dict[str, str]
     """FQN to the FQN that it is tied to."""
 
     @classmethod
@@ -47,15 +47,14 @@ class ModelStates:
             raise Corrupt(f"{file.path}: not a model_states file of DeepSpeed: it has no 'module'")
         groups = value.get("param_shapes") or []
         groups = groups if isinstance(groups, list | tuple) else [groups]
-        names = value.get("buffer_names") or []
         return cls(
             file,
             dict_of(file, value["module"], "'module'"),
-            frozenset(name for name in names if isinstance(name, str)),
+            _names(file, value.get("buffer_names"), "'buffer_names'"),
             tuple(_shapes(file, group, "'param_shapes'") for group in groups),
             _shapes(file, value.get("frozen_param_shapes"), "'frozen_param_shapes'"),
             dict_of(file, value.get("frozen_param_fragments"), "'frozen_param_fragments'"),
-            dict_of(file, value.get("shared_params"), "'shared_params'"),
+            _ties(file, value.get("shared_params"), "'shared_params'"),
         )
 
     @property
@@ -99,9 +98,10 @@ class OptimStates:
             raise Corrupt(f"{file.path}: {key} has shapes {listed(str(list(p.shape)) for p in parts)}, not flat ones")
         base = state.get("optimizer_state_dict" if is_stage3 else "base_optimizer_state")
         num_ranks = count_of(state.get("partition_count"))
-        for place in state.get("ds_zero_partition_groups") or []:
-            if not isinstance(place, dict) or place.get("partition_count") != num_ranks:
-                raise Unsupported(f"{file.path}: groups on different numbers of ranks (AutoEP) are not read")
+        places = state.get("ds_zero_partition_groups") or []
+        places = places if isinstance(places, list | tuple) else [places]
+        if any(not isinstance(place, dict) or place.get("partition_count") != num_ranks for place in places):
+            raise Unsupported(f"{file.path}: groups on different numbers of ranks (AutoEP) are not read")
         return cls(
             file, is_stage3, num_ranks, parts, _states(base, len(parts)), _slices(file, state, len(parts)),
             base.get("param_groups") if isinstance(base, dict) else None,
@@ -171,6 +171,19 @@ def _shapes(file: File, value: Any, what: str) -> dict[str, Shape]:
         if not isinstance(shape, tuple) or any(type(n) is not int or not 0 <= n < 1 << 62 for n in shape):
             raise Corrupt(f"{file.path}: {what} has no shape for {name}")
     return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _names(file: File, value: Any, what: str) -> frozenset[str]:
+    if not isinstance(value, list | tuple | None):
+        raise Corrupt(f"{file.path}: {what} is a {type(value).__name__}, not a list of FQNs")
+    return frozenset(name for name in value or () if isinstance(name, str))
+
+
+def _ties(file: File, value: Any, what: str) -> dict[str, str]:
+    ties = dict_of(file, value, what)
+    if not all(isinstance(source, str) for source in ties.values()):
+        raise Corrupt(f"{file.path}: {what} is not a dict from FQN to FQN")
+    return ties
 
 
 def count_of(value: Any) -> int | None:
