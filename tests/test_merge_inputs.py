@@ -323,3 +323,29 @@ def test_all_without_what_wrappers_added_is_nested_as_before(tmp_path: Path) -> 
     assert reshard.verify(tmp_path / "all.pt", tmp_path / "saved.pt").ok
     reshard.merge(tmp_path / "saved.pt", tmp_path / "kept.pt", what="all", keep_names=True)
     assert list(torch.load(tmp_path / "kept.pt")["model"]) == ["layers.0.w", "module.head"]
+
+
+def test_numbers_that_a_narrow_dtype_has_no_room_for_are_told(tmp_path: Path) -> None:
+    values = torch.tensor([1e6, -1e6, 65504.0, 65519.0, 1.0, float("inf"), float("nan")])
+    torch.save({"big": values.repeat(3), "small": torch.ones(3)}, tmp_path / "model.pt")
+    half = reshard.merge(tmp_path / "model.pt", tmp_path / "half.safetensors", dtype="float16")
+    assert [n for n in half.notices if "beyond" in n] == [
+        "big: 6 numbers are beyond the range of float16, and became infinite or NaN in it"
+    ]
+    assert torch.equal(load_file(tmp_path / "half.safetensors")["big"][:6], values[:6].half())
+    eight = reshard.merge(tmp_path / "model.pt", tmp_path / "eight.safetensors", dtype="float8_e4m3fn")
+    assert any(n.startswith("big: 12 numbers are beyond the range of float8_e4m3fn") for n in eight.notices)
+    wide = reshard.merge(tmp_path / "model.pt", tmp_path / "wide.safetensors", dtype="bfloat16")
+    assert not any("beyond" in n for n in wide.notices)
+
+
+@pytest.mark.parametrize("name", [".", "consolidated.01.pth"])
+def test_one_of_several_slices_is_no_model(tmp_path: Path, name: str) -> None:
+    for number in range(2):
+        torch.save(
+            {"norm.weight": torch.ones(4), "wq.weight": torch.ones(2, 4)}, tmp_path / f"consolidated.0{number}.pth"
+        )
+    with pytest.raises(Unsupported, match="hold a slice of every tensor each"):
+        reshard.merge(tmp_path / name, tmp_path / "out.safetensors")
+    (tmp_path / "consolidated.01.pth").unlink()
+    assert reshard.merge(tmp_path, tmp_path / "out.safetensors").num_tensors == 2

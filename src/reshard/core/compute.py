@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -64,20 +64,54 @@ def _flip_signs(block: Array, kind: DType, which: slice) -> None:
     numbers[which] ^= numbers.dtype.type(1 << (8 * width - 1))
 
 
+class Count:
+    """A number that threads add to."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._lock = threading.Lock()
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            self.value += number
+
+
+_NARROW = ("F16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+"""Types whose largest number weights may well pass."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Cast(Derived):
     """Floating-point numbers in another dtype, rounded to nearest even."""
+
+    lost: Count = field(default_factory=Count, repr=False)
+    """Of the numbers read so far, those that a narrow dtype had no room for: they became infinite, or NaN."""
 
     def read_into(self, box: Box, out: Array, source: Source) -> None:
         block = source.scratch(box.shape, self.tensor.dtype.storage)
         self.tensor.read_into(box, block, source)
         numbers = block.reshape(-1).view(self.tensor.dtype.number)
         if out.flags.c_contiguous:
-            round_into(numbers, out.reshape(-1), self.dtype)
+            rounded = out.reshape(-1)
+            round_into(numbers, rounded, self.dtype)
         else:
             rounded = np.empty(numbers.shape, self.dtype.storage)
             round_into(numbers, rounded, self.dtype)
             out[...] = rounded.reshape(out.shape)
+        if self.dtype.name in _NARROW:
+            self._count_lost(numbers, rounded.view(self.dtype.number))
+
+    def _count_lost(self, numbers: Array, rounded: Array) -> None:
+        gone = np.flatnonzero(~np.isfinite(rounded))
+        if len(gone):
+            self.lost.add(int(np.count_nonzero(np.isfinite(numbers[gone]))))
+
+
+def lost_by(tensor: Tensor) -> int:
+    """How many numbers of the casts in a tensor that has been read had no room in their dtype."""
+    if isinstance(tensor, Cast):
+        return tensor.lost.value
+    return sum(map(lost_by, tensor.inputs))
 
 
 def cast(tensor: Tensor, to: DType) -> Tensor:

@@ -162,7 +162,21 @@ def _of_file(path: Path) -> Found:
     if name.endswith(".safetensors"):
         return _single(path, "safetensors", "safetensors")
     _check_not_compressed(path)
+    _check_not_sliced(path.parent, [name])
     return _single(path, "torch_save", "torch.save")
+
+
+_SLICED = re.compile(r"consolidated\.\d\d\.pth")
+
+
+def _check_not_sliced(path: Path, names: Sequence[str]) -> None:
+    """Raise Unsupported for a model of Meta's in several files, each with a slice of every tensor."""
+    slices = [name for name in _names(path) if _SLICED.fullmatch(name)]
+    if len(slices) > 1 and any(map(_SLICED.fullmatch, names)):
+        raise Unsupported(
+            f"{path}: {listed(slices)} hold a slice of every tensor each, of which nothing there says how it was cut",
+            hint="Meta's models are on the hub in safetensors too: download these",
+        )
 
 
 _COMPRESSED = {known.magic: known.program for known in tar.COMPRESSIONS} | {b"(\xb5/\xfd": "zstd", b'\x04"M\x18': "lz4"}
@@ -484,6 +498,7 @@ def _below(path: Path, names: Sequence[str], step: int | None, dirname: str | No
             raise Incomplete(f"{path / singles[0]} is one file of several, and the others are not there")
         return find(path / singles[0])
     if len(singles) > 1 and depth == _DEPTH:
+        _check_not_sliced(path, singles)
         raise InputError(f"{path} holds several files: {listed(singles)}", hint="name the one you mean")
     return None
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from reshard.core.checkpoint import Checkpoint, same_bytes
-from reshard.core.compute import cast
+from reshard.core.compute import cast, lost_by
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Tensor, leaves
 from reshard.errors import Corrupt, InputError, Mismatch, NotFound, OutputError, Unsupported, command, listed
@@ -245,12 +245,21 @@ def carry_out(
         _check_removable(prepared)
     result = run(
         prepared.plan, output, threads=threads, block_nbytes=block_nbytes or BLOCK_NBYTES, force=force,
-        progress=progress, spread=spread, tell=tell,
+        progress=progress, spread=spread, tell=lambda: (*(tell() if tell else ()), *_overflows(prepared.plan)),
     )  # fmt: skip
     if result.is_first and (remove_shards or prepared.verify):
         _read_again(output, threads)
     removed = _remove_shards(prepared) if remove_shards and result.is_first else ()
     return _merged(prepared, result, removed)
+
+
+def _overflows(plan: Plan) -> Iterator[str]:
+    """A sentence for each tensor with numbers that its new dtype has no room for."""
+    for _, _, _, fqn, tensor in plan.tensors():
+        lost = lost_by(tensor)
+        if lost:
+            kind = tensor.dtype
+            yield f"{fqn}: {lost} numbers are beyond the range of {kind.torch}, and became infinite or NaN in it"
 
 
 _OTHER_FILES = (
