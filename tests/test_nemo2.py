@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import tracemalloc
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -537,6 +538,17 @@ def test_tokens_are_counted_as_tokenizers_counts_them() -> None:
     assert [token_count.of_bytes(data) for data in (b"", b"{", b"{}", b"\x0a\xff", b"\x0a\x05ab", b"hello")] == [
         None
     ] * 6
+
+
+def test_special_tokens_are_found_without_a_list_of_all_pieces(tmp_path: Path) -> None:
+    controls = b"\x0a\x07\x0a\x03<s>\x18\x03" + b"\x0a\x08\x0a\x04</s>\x18\x03"
+    (tmp_path / "my.model").write_bytes(b"\x0a\x00" * 200_000 + controls)
+    tracemalloc.start()
+    found = token_count.special_pieces(tmp_path / "my.model")
+    _, peak_nbytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == {"bos": 200_000, "eos": 200_001}
+    assert peak_nbytes < 2 << 20
 
 
 def test_a_sentencepiece_model_lies_where_io_json_says(

@@ -7,7 +7,7 @@ tokenizer.json    `model.vocab`, a dict or a list, and `added_tokens`, with thei
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,28 @@ def special_pieces(path: Path) -> dict[str, int]:
     """`bos`, `eos` and `pad` of a SentencePiece model, as far as it has them; nothing where it is no such file."""
     if not _is_there(path):
         return {}
+    data = path.read_bytes()
+    texts = dict(_SPECIAL.values())
+    found: dict[bytes, int] = {}
     try:
-        fields = list(_fields(path.read_bytes()))
-        pieces = [dict(_fields(data)) for key, data in fields if key == _PIECE]
-        trained = {key: bytes(text) for spec, data in fields if spec == _TRAINER for key, text in _fields(data)}
+        for spec in _each(data, _TRAINER):
+            texts |= _picked(spec, texts)
+        for number, piece in enumerate(_each(data, _PIECE)):
+            said = _picked(piece, (_PIECE, _KIND))
+            if said.get(_KIND) == _CONTROL and said.get(_PIECE) in texts.values():
+                found[said[_PIECE]] = number
     except ValueError:
         return {}
-    controls = {bytes(p.get(_PIECE, b"")): n for n, p in enumerate(pieces) if bytes(p.get(_KIND, b"")) == _CONTROL}
-    named = {name: trained.get(key, usual) for name, (key, usual) in _SPECIAL.items()}
-    return {name: controls[text] for name, text in named.items() if text in controls}
+    return {name: found[texts[key]] for name, (key, _) in _SPECIAL.items() if texts[key] in found}
+
+
+def _each(data: bytes, wanted: int) -> Iterator[memoryview]:
+    return (inner for key, inner in _fields(data) if key == wanted)
+
+
+def _picked(data: memoryview, wanted: Container[int]) -> dict[int, bytes]:
+    """The last of each field that is wanted."""
+    return {key: bytes(inner) for key, inner in _fields(data) if key in wanted}
 
 
 _PIECE, _TRAINER, _KIND, _CONTROL = 0x0A, 0x12, 0x18, b"\x03"
