@@ -26,6 +26,7 @@ from reshard.evaluate.loggers import Logger, Point, open_logger
 from reshard.evaluate.metrics import as_text
 from reshard.evaluate.records import Result, State
 from reshard.evaluate.store import LeaseLost, Store
+from reshard.storage.staging import fsync_directory
 
 NAME = "evals.jsonl"
 _CHUNK_POINTS = 500
@@ -147,7 +148,7 @@ class Journal:
         finally:
             os.close(fd)
         if is_new:
-            _fsync_directory(self.path.parent)
+            fsync_directory(self.path.parent)
 
 
 def _whole_lines(fd: int) -> int:
@@ -160,14 +161,6 @@ def _whole_lines(fd: int) -> int:
             return begin + found + 1
         end = begin
     return 0
-
-
-def _fsync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # ------------------------------------------------------------------------------------------------------- deliveries
