@@ -661,6 +661,23 @@ def test_a_tokenizers_files_have_the_names_that_its_library_looks_for(
     assert nemo1.assets(source / "model_config.yaml").keys() == kept
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "reshard.json", "a_config.json"])
+def test_a_vocabulary_in_the_place_of_another_file_is_refused(name: str, tmp_path: Path) -> None:
+    about = {"library": "megatron", "vocab_file": f"nemo:{_HASH}{name}"}
+    source = extract(tmp_path / "m", _without_tokenizer(about) | {f"{_HASH}{name}": b"{}"})
+    with pytest.raises(Unsupported, match="as no vocabulary is"):
+        reshard.convert(source, tmp_path / "out", to="hf")
+
+
+@pytest.mark.parametrize("rest", ["", ".", ".."])
+def test_a_vocabulary_without_a_name_keeps_its_number(rest: str, tmp_path: Path) -> None:
+    about = {"library": "megatron", "vocab_file": f"nemo:{_HASH}{rest}"}
+    source = extract(tmp_path / "m", _without_tokenizer(about) | {f"{_HASH}{rest}": b"{}"})
+    reshard.convert(source, tmp_path / "out", to="hf")
+    assert (tmp_path / "out" / f"{_HASH}{rest}").read_bytes() == b"{}"
+    assert (tmp_path / "out/config.json").is_file()
+
+
 def test_a_tiktoken_vocabulary_stays_nemos_from_one_release_to_the_other(tmp_path: Path) -> None:
     about = {"library": "tiktoken", "type": None, "model": None, "vocab_file": f"nemo:{_HASH}vocab.json"}
     source = extract(tmp_path / "m", _without_tokenizer(about) | {f"{_HASH}vocab.json": b'[{"rank": 0}]'})

@@ -287,8 +287,7 @@ def tokenizer_of(path: Path) -> Tokenizer:
         keys["vocab_file"] = TIKTOKEN if said.get("library") == "tiktoken" else ""
     files: dict[str, Path] = {}
     for key, place in found.items():
-        kept = _HASH.sub("", place.name)
-        files.setdefault("tokenizer.json" if kept.endswith("tokenizer.json") else keys[key] or kept, place)
+        files.setdefault(_name_here(path, place, keys[key]), place)
     hub = said.get("type")
     is_hub = said.get("library") == "huggingface" and isinstance(hub, str)
     is_plain = not (said.get("special_tokens") or said.get("additional_special_tokens"))
@@ -298,7 +297,18 @@ def tokenizer_of(path: Path) -> Tokenizer:
 
 TIKTOKEN = "tiktoken_vocab.json"
 """The name here of what NeMo reads with tiktoken: a list of tokens with their bytes."""
-_HASH = re.compile(r"^[0-9a-f]{32}_")
+_HASH = re.compile(r"^[0-9a-f]{32}_(?=\w)")
+_OTHERS = re.compile(r"(.*config|reshard|.*\.index)\.json|.*\.(safetensors|bin|pt|py)")
+"""What other files of a model are called."""
+
+
+def _name_here(path: Path, place: Path, usual: str) -> str:
+    """What a tokenizer's file is called in an output. Raises Unsupported for the name of another part of a model."""
+    kept = _HASH.sub("", place.name)
+    name = "tokenizer.json" if kept.endswith("tokenizer.json") else usual or kept
+    if _OTHERS.fullmatch(name):
+        raise Unsupported(f"{path}: a file of the tokenizer is called {place.name!r:.300}, as no vocabulary is")
+    return name
 
 
 def _artifact(path: Path, said: str) -> Path | None:
