@@ -22,7 +22,8 @@ from reshard.core.checkpoint import Checkpoint, Origin
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Filled, Tensor
 from reshard.dialects import apply, megatron, megatron_config
-from reshard.dialects.table import Facts, Family, copies, entries, variants
+from reshard.dialects.facts import Facts
+from reshard.dialects.table import Family, copies, entries, variants
 from reshard.dialects.transformers import to_hub as from_modules
 from reshard.errors import Incomplete, Mismatch, Unsupported
 from reshard.families import (

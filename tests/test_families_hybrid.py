@@ -19,8 +19,9 @@ from reshard.core.tensor import Filled, Literal, Tensor
 from reshard.dialects import megatron, packing
 from reshard.dialects import transformers as dialect
 from reshard.dialects.apply import to_hub, to_megatron
+from reshard.dialects.facts import Facts
 from reshard.dialects.megatron import TORCH_DIST, Layout
-from reshard.dialects.table import Facts, Family, entries, variants
+from reshard.dialects.table import Family, entries, variants
 from reshard.errors import Incomplete, Mismatch
 from reshard.families import families
 from reshard.formats import open_path

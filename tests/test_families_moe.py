@@ -21,7 +21,8 @@ from reshard.cli.main import main
 from reshard.core.checkpoint import Checkpoint
 from reshard.core.tensor import Tensor
 from reshard.dialects import apply, megatron, megatron_config, run_config
-from reshard.dialects.table import Facts, Family, copies, entries, variants
+from reshard.dialects.facts import Facts
+from reshard.dialects.table import Family, copies, entries, variants
 from reshard.dialects.transformers import to_hub as from_modules
 from reshard.errors import Incomplete, Mismatch
 from reshard.families import bailing, deepseek, ernie, exaone_moe, glm, gpt_oss, mixtral, olmoe, qwen3_moe

@@ -16,8 +16,9 @@ import tiny_models
 from reshard.core.dtypes import dtype
 from reshard.core.tensor import Array, Filled, Literal, Tensor
 from reshard.dialects import apply, match, packing
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import GLU, SAME
-from reshard.dialects.table import Facts, Family, Row, entries
+from reshard.dialects.table import Family, Row, entries
 from reshard.errors import Incomplete, Mismatch
 from reshard.storage.files import LazySource
 

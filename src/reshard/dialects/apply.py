@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from reshard.core.compute import alike
 from reshard.core.tensor import Tensor, stack, unsqueeze
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import Glu, InterleavedGlu, Padded
-from reshard.dialects.table import Entry, Facts, Family, copies, entries, variants
+from reshard.dialects.table import Entry, Family, copies, entries, variants
 from reshard.errors import Corrupt, Incomplete, Mismatch, listed
 
 GATED = (Glu, InterleavedGlu)

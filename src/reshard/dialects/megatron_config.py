@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator
 from math import isclose
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import Glu, InterleavedGlu
 from reshard.dialects.setting import Always, Item, Nested, Rule, Setting, Values, flat, merged
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.table import Config, Family
 from reshard.errors import Mismatch, listed
 
 GPT = "megatron.bridge.models.gpt_provider.GPTModelProvider"

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.errors import Unsupported, listed
-
-if TYPE_CHECKING:
-    from reshard.dialects.table import Facts
 
 Values = Mapping[str, Any]
 

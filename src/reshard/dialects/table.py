@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
 
 from reshard.core.tensor import Tensor
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import SAME, Fuse, Rows, Sizes, Stacked
 from reshard.dialects.setting import Item
 from reshard.errors import InputError
@@ -29,28 +30,6 @@ Config = Mapping[str, Any]
 """A model's config.json."""
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a config says about the tensors of a model."""
-
-    sizes: Mapping[str, int]
-    """Named sizes for the fuses: `heads`, `groups`, `head_dim`, `hidden`, `vocab`, ..."""
-    layers: tuple[frozenset[str], ...]
-    """The tags of each layer: `full` or `linear` attention, `dense` or `moe`, ..."""
-    tags: frozenset[str] = frozenset()
-    """The tags of the model: `tied` or `untied`, `qkv_bias`, `mtp`, ..."""
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """How many there are of what the other placeholders number: `expert`, `mtp`, `block`, ..."""
-
-    def without(self, *tags: str) -> Facts:
-        """The same model without some of its parts."""
-        return replace(self, tags=self.tags - set(tags))
-
-    def sized(self, **sizes: int) -> Facts:
-        """The same model with other sizes."""
-        return replace(self, sizes={**self.sizes, **sizes})
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import PackedQkv
 from reshard.dialects.setting import Always, Setting
-from reshard.dialects.table import Config, Copy, Facts, Family, Row
+from reshard.dialects.table import Config, Copy, Family, Row
 from reshard.families.blocks import (
     MODEL,
     A,

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import GLU, PADDED, QKV, Fuse, Qkv
-from reshard.dialects.table import Config, Copy, Facts, Row, as_mtp
+from reshard.dialects.table import Config, Copy, Row, as_mtp
 from reshard.errors import Mismatch
 
 D, L = "decoder.layers.{layer}.", "model.layers.{layer}."

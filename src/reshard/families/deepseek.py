@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import Rows
 from reshard.dialects.setting import Always, Rule, Setting, Values
-from reshard.dialects.table import Config, Facts, Family, Row
+from reshard.dialects.table import Config, Family, Row
 from reshard.families.blocks import (
     MODEL,
     MTP_COPIES,

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import OneRow
 from reshard.dialects.setting import Rule, Setting, Values
-from reshard.dialects.table import Config, Facts, Family, Row
+from reshard.dialects.table import Config, Family, Row
 from reshard.families.blocks import (
     MODEL,
     TIED_HEAD,

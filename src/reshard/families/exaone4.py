@@ -5,7 +5,8 @@ Checked: EXAONE 4.0 1.2B and 32B.
 
 from __future__ import annotations
 
-from reshard.dialects.table import Config, Facts, Family, Row
+from reshard.dialects.facts import Facts
+from reshard.dialects.table import Config, Family, Row
 from reshard.families.blocks import MODEL, TIED_HEAD, A, L, M, attention, decoder, gated_mlp, head_norms
 from reshard.families.settings import UNTURNED, epsilon, window
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.facts import Facts
+from reshard.dialects.table import Config, Family
 from reshard.families.blocks import (
     MODEL,
     TIED_HEAD,

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import Fuse, ZeroCentred
-from reshard.dialects.table import Config, Facts, Row, as_mtp
+from reshard.dialects.table import Config, Row, as_mtp
 from reshard.errors import Mismatch
 from reshard.families.blocks import (
     GATED_QKV,

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import Transposed
 from reshard.dialects.setting import Always, Nested, Rule, Setting
-from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
+from reshard.dialects.table import Config, Copy, Family, Row, under
 from reshard.families.blocks import (
     DENSE,
     MODEL,

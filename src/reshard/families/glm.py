@@ -5,8 +5,9 @@ Checked: the configs of GLM-4.5, GLM-4.5-Air and GLM-4.6, dots.llm1, Hy3.
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.setting import Setting
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.table import Config, Family
 from reshard.families.blocks import (
     MODEL,
     MTP_COPIES,

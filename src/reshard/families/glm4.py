@@ -5,9 +5,10 @@ Checked: GLM-4 9B (transformers' layout), GLM-4 0414 9B.
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import Glu
 from reshard.dialects.setting import Item
-from reshard.dialects.table import Config, Facts, Family, Row
+from reshard.dialects.table import Config, Family, Row
 from reshard.families.blocks import (
     MODEL,
     TIED_HEAD,

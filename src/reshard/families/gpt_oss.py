@@ -6,9 +6,10 @@ Checked: the configs of gpt-oss-20b and gpt-oss-120b in bfloat16. The MXFP4 chec
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import InterleavedGlu, Transposed
 from reshard.dialects.setting import Always, Setting
-from reshard.dialects.table import Config, Facts, Family, Row
+from reshard.dialects.table import Config, Family, Row
 from reshard.families.blocks import (
     MODEL,
     TIED_HEAD,

@@ -6,7 +6,8 @@ Qwen3 0.6B and 8B, Seed-OSS 36B, ERNIE 4.5 0.3B.
 
 from __future__ import annotations
 
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.facts import Facts
+from reshard.dialects.table import Config, Family
 from reshard.families.blocks import DENSE, TIED_HEAD, bias_tags, decoder, head_norms
 from reshard.families.settings import biases, epsilon, provider, rotary, window
 

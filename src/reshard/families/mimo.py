@@ -5,8 +5,9 @@ Checked: MiMo 7B Base, SFT and RL, of one config.
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import HalvesSwapped
-from reshard.dialects.table import Config, Facts, Family, Row, as_mtp
+from reshard.dialects.table import Config, Family, Row, as_mtp
 from reshard.families.blocks import DENSE, TIED_HEAD, decoder
 from reshard.families.settings import mtp_count
 

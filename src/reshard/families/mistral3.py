@@ -5,8 +5,9 @@ Checked: Mistral Small 3.1 24B, Ministral 3 3B in bfloat16.
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.setting import Nested, Setting
-from reshard.dialects.table import Config, Copy, Facts, Family, under
+from reshard.dialects.table import Config, Copy, Family, under
 from reshard.families.blocks import DENSE, copied, decoder, required
 from reshard.families.settings import provider, tower, window
 

@@ -7,8 +7,9 @@ MiniMax-M2 normalises all queries of a token together, and all keys; the weights
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.setting import Always, Rule, Values
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.table import Config, Family
 from reshard.families.blocks import (
     MODEL,
     TIED_HEAD,

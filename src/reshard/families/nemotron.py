@@ -5,9 +5,10 @@ Checked: Minitron 4B, Nemotron-4 340B.
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.megatron_config import ACTIVATIONS
 from reshard.dialects.setting import Setting
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.table import Config, Family
 from reshard.families.blocks import (
     MODEL,
     NORM_BIASES,

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import PADDED
 from reshard.dialects.megatron_config import ACTIVATIONS
 from reshard.dialects.setting import Always, Rule, Setting, Values
-from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
+from reshard.dialects.table import Config, Copy, Family, Row, under
 from reshard.errors import Mismatch, listed
 from reshard.families.blocks import D, L, M, attention, decoder, num_experts, required
 from reshard.families.settings import GROUPS, SIGMOID, biases, epsilon, moe, mtp_count, provider

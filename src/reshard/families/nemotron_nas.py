@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.setting import Rule, Values
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.table import Config, Family
 from reshard.errors import Mismatch, Unsupported, listed
 from reshard.families.blocks import MODEL, TIED_HEAD, attention, decoder, gated_mlp, input_norm, mlp_norm, required
 from reshard.families.settings import provider

@@ -5,8 +5,9 @@ Checked: the config of OLMoE-1B-7B.
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.setting import Always
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.table import Config, Family
 from reshard.families.blocks import (
     MODEL,
     TIED_HEAD,

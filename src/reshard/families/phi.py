@@ -5,9 +5,10 @@ Checked: Phi-3 mini, Phi-4, Phi-4 mini.
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import Glu, PackedQkv
 from reshard.dialects.setting import Rule, Setting, Values
-from reshard.dialects.table import Config, Facts, Family, Row
+from reshard.dialects.table import Config, Family, Row
 from reshard.families.blocks import MODEL, TIED_HEAD, A, L, M, decoder, input_norm, mlp_norm
 from reshard.families.settings import epsilon, window
 

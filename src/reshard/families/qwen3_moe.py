@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from reshard.dialects.table import Config, Facts, Family, Row
+from reshard.dialects.facts import Facts
+from reshard.dialects.table import Config, Family, Row
 from reshard.families.blocks import (
     MODEL,
     TIED_HEAD,

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.setting import Item, Nested, Setting
-from reshard.dialects.table import Config, Copy, Facts, Family, Row, under
+from reshard.dialects.table import Config, Copy, Family, Row, under
 from reshard.families import qwen3_moe, vision
 from reshard.families.blocks import DENSE, TIED_HEAD, bias_tags, decoder, head_norms
 from reshard.families.settings import NORMED, QWEN_TOKENS, biases, mrope, provider, qwen_tokens, rotary, tower

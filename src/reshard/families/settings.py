@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.megatron_config import bias_settings, rope_config, rope_settings
 from reshard.dialects.setting import Always, Item, Rule, Setting, Values
-from reshard.dialects.table import Facts
 from reshard.errors import Unsupported
 
 _BRIDGE = "megatron.bridge.models."

@@ -5,9 +5,10 @@ Checked: StarCoder2 3B and 15B.
 
 from __future__ import annotations
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.megatron_config import ACTIVATIONS
 from reshard.dialects.setting import Setting
-from reshard.dialects.table import Config, Facts, Family
+from reshard.dialects.table import Config, Family
 from reshard.families.blocks import (
     MODEL,
     NORM_BIASES,

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import SAME, Fuse, HeadQkv
-from reshard.dialects.table import Config, Facts, Row
+from reshard.dialects.table import Config, Row
 from reshard.errors import Mismatch
 from reshard.families.blocks import required
 

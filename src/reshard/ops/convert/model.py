@@ -13,8 +13,9 @@ from reshard.core.checkpoint import Checkpoint, same_bytes
 from reshard.core.tensor import Source, Tensor
 from reshard.dialects import apply, megatron, packing
 from reshard.dialects.apply import Named
+from reshard.dialects.facts import Facts
 from reshard.dialects.megatron import InMemory
-from reshard.dialects.table import Facts, Family, copies, entries, variants
+from reshard.dialects.table import Family, copies, entries, variants
 from reshard.errors import Corrupt, Incomplete, Mismatch, NotFound, Unsupported, listed
 from reshard.formats import huggingface, nemo1, nemo2_context
 from reshard.formats.megatron import MegatronCheckpoint, Settings, locate, open_located

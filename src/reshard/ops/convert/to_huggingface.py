@@ -13,7 +13,8 @@ from reshard.core.compute import cast
 from reshard.core.dtypes import DType, dtype
 from reshard.core.tensor import Tensor
 from reshard.dialects import packing
-from reshard.dialects.table import Facts, Family, copies, entries
+from reshard.dialects.facts import Facts
+from reshard.dialects.table import Family, copies, entries
 from reshard.errors import Incomplete, Mismatch, listed
 from reshard.formats import huggingface
 from reshard.ops import tie

@@ -12,8 +12,8 @@ from reshard.core.dtypes import dtype
 from reshard.core.tensor import Tensor
 from reshard.dialects import megatron
 from reshard.dialects.apply import Named
+from reshard.dialects.facts import Facts
 from reshard.dialects.fuse import computes
-from reshard.dialects.table import Facts
 from reshard.errors import Mismatch, Unsupported, listed
 from reshard.formats import fsdp_dtensor, torch_dist
 from reshard.formats.fsdp_dtensor import Target
