@@ -67,13 +67,15 @@ def zstd(pieces: Iterable[bytes], where: str) -> Iterator[bytes]:
 
 
 def inflate(pieces: Iterable[bytes], where: str, container: int = RAW) -> Iterator[bytes]:
-    """The plaintext of a deflate stream. Raises Corrupt for damaged ones."""
+    """The plaintext of a deflate stream; bytes behind its end are not read. Raises Corrupt for damaged ones."""
     decoder = zlib.decompressobj(container)
     try:
         for piece in pieces:
             while piece:
                 yield decoder.decompress(piece, _PIECE_NBYTES)
                 piece = decoder.unconsumed_tail
+            if decoder.eof:
+                break  # the decoder would keep all that it is given from here on
         yield decoder.flush()
     except zlib.error as error:
         raise Corrupt(f"{where}: {error}") from error
