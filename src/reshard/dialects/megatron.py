@@ -18,7 +18,7 @@ Megatron's modules have a tensor for each layer and expert. On disk that is
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from reshard.core.compute import alike
@@ -61,7 +61,8 @@ def on_disk(model: Mapping[str, Named], layout: Layout, sizes: Sizes, *, stack_l
         for key, tensor in _pieces(name, named, layout, sizes):
             tensors[key] = tensor
     if layout.stacked:
-        tensors = _stacked_layers(_stacked_experts(tensors), stack_layers)
+        tensors = _gathered(tensors, _place_of_expert)
+        tensors = _gathered(tensors, _place_of_layer if stack_layers else _place_of_vision_layer)
     return {prefix + key: tensor for prefix in layout.prefixes for key, tensor in tensors.items()}
 
 
@@ -87,31 +88,32 @@ _EXPERT = re.compile(r"(?P<path>.+\.experts)\.(?P<linear>linear_fc[12])\.(?P<kin
 _LAYER = re.compile(r"(?P<path>(?:.+\.)?(?:decoder\.layers|deepstack_merger_list))\.(?P<layer>\d+)\.(?P<rest>.+)")
 
 
-def _stacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _place_of_expert(name: str) -> tuple[str, int] | None:
+    match = _EXPERT.fullmatch(name)
+    return match and (f"{match['path']}.experts.{match['linear']}.{match['kind']}", int(match["expert"]))
+
+
+def _place_of_layer(name: str) -> tuple[str, int] | None:
+    match = _LAYER.fullmatch(name)
+    return match and (f"{match['path']}.{match['rest']}", int(match["layer"]))
+
+
+def _place_of_vision_layer(name: str) -> tuple[str, int] | None:
+    return _place_of_layer(name) if name.startswith("vision_model.") else None
+
+
+def _gathered(tensors: Mapping[str, Tensor], place_of: Callable[[str], tuple[str, int] | None]) -> dict[str, Tensor]:
+    """Tensors that have a place, a name and a number, stacked under that name; the others as they are."""
     result: dict[str, Tensor | None] = {}
     groups: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _EXPERT.fullmatch(name)
-        if match is None:
+        place = place_of(name)
+        if place is None:
             result[name] = tensor
             continue
-        key = f"{match['path']}.experts.{match['linear']}.{match['kind']}"
+        key, number = place
         result.setdefault(key, None)
-        groups.setdefault(key, {})[int(match["expert"])] = tensor
-    return {n: _stacked(n, groups[n]) if t is None else t for n, t in result.items()}
-
-
-def _stacked_layers(tensors: Mapping[str, Tensor], decoder_too: bool) -> dict[str, Tensor]:
-    result: dict[str, Tensor | None] = {}
-    groups: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = _LAYER.fullmatch(name)
-        if match is None or not (decoder_too or match["path"].startswith("vision_model.")):
-            result[name] = tensor
-            continue
-        key = f"{match['path']}.{match['rest']}"
-        result.setdefault(key, None)
-        groups.setdefault(key, {})[int(match["layer"])] = tensor
+        groups.setdefault(key, {})[number] = tensor
     return {n: _stacked(n, groups[n]) if t is None else t for n, t in result.items()}
 
 
