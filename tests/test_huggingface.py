@@ -444,8 +444,9 @@ def test_a_tensor_in_two_shard_files_is_refused(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_shard_files_of_torch_save_need_their_index(count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, kind", [("pytorch_model", "bin"), ("model", "bin"), ("pytorch_model", "safetensors")])
+def test_shard_files_of_other_names_need_their_index(name: str, kind: str, count: int, tmp_path: Path) -> None:
     for i in range(count):
-        torch.save({"a": torch.ones(1)}, tmp_path / f"pytorch_model-{i + 1:05d}-of-00002.bin")
-    with pytest.raises(Incomplete, match=r"pytorch_model.bin.index.json is missing, which says what is in pytorch"):
+        torch.save({"a": torch.ones(1)}, tmp_path / f"{name}-{i + 1:05d}-of-00002.{kind}")
+    with pytest.raises(Incomplete, match=rf": {name}.{kind}.index.json is missing, which says what is in {name}-"):
         open_path(tmp_path)

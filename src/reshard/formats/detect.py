@@ -367,8 +367,10 @@ def _full(path: Path, names: Sequence[str]) -> Found | None:
 
 
 def _whole(path: Path, names: Sequence[str]) -> Found | None:
+    from reshard.formats import huggingface
+
     format = next((format for format, files in _WHOLE.items() if not set(files).isdisjoint(names)), None)
-    if format is None and any(_NUMBERED_SHARD.fullmatch(name) and name.endswith(".safetensors") for name in names):
+    if format is None and any(map(huggingface.SHARD.fullmatch, names)):
         format = "huggingface"
     if format is None:
         return None
@@ -486,10 +488,11 @@ def _below(path: Path, names: Sequence[str], step: int | None, dirname: str | No
         )
     if candidates:
         return candidates[0]
-    shards = [n for n in names if _NUMBERED_SHARD.fullmatch(n)]
+    shards = {n: shard for n in names if (shard := _NUMBERED_SHARD.fullmatch(n))}
     if shards and depth == _DEPTH:
+        name, kind = next(iter(shards.values())).groups()
         raise Incomplete(
-            f"{path}: pytorch_model.bin.index.json is missing, which says what is in {listed(shards)}",
+            f"{path}: {name}.{kind}.index.json is missing, which says what is in {listed(shards)}",
             hint="copy it beside them, from where they come",
         )
     singles = [n for n in names if n.endswith(_SINGLE) and (path / n).is_file()]
