@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections import Counter, deque
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_the_model_under_an_adapter_loads(actor: Path, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     wanted = tiny_models.make("llama", 4).state_dict()
     assert [fqn for fqn in wanted if not same(loaded[fqn], wanted[fqn])] == []
+
+
+def test_inspect_says_how_a_model_under_an_adapter_is_merged(
+    actor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(reshard.inspect(actor).next_command)
+    assert words == ["reshard", "merge", str(actor), "OUT", "--exclude", "*lora_*"]
+    assert main([*words[1:], "-q"]) == 0
 
 
 def test_the_adapter_on_a_model_gets_the_names_that_peft_saves(actor: Path, tmp_path: Path) -> None:

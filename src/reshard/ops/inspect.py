@@ -100,7 +100,7 @@ def inspect(source: str | Path, *, step: int | None = None, tensors: bool = Fals
     if problem is not None:
         described = replace(described, complete=False, problem=str(problem), hint=problem.hint or "")
         return replace(described, facts=facts)
-    words = ("merge", settings, "OUT") if settings else _next(path, found, judged, step=step, **choices)
+    words = ("merge", settings, "OUT") if settings else _next(path, found, opened, judged, step=step, **choices)
     return replace(described, facts=facts, next_command=command(*words) if words else "")
 
 
@@ -169,8 +169,9 @@ def _described(path: Path, found: Found, opened: Checkpoint, judged: Judged | No
 
 
 def _next(
-    path: Path, found: Found, judged: Judged | None, *, step: int | None = None, state_dict_dirname: str | None = None
-) -> tuple[str | Path, ...]:
+    path: Path, found: Found, opened: Checkpoint, judged: Judged | None,
+    *, step: int | None = None, state_dict_dirname: str | None = None,
+) -> tuple[str | Path, ...]:  # fmt: skip
     """The words of the command that makes something of it; none where none would."""
     if (found.root / "reshard.json").is_file():
         return "verify", found.root
@@ -182,8 +183,20 @@ def _next(
         return "merge", path, "OUT.ckpt", *chosen
     if found.root.is_file():
         return "merge", path, "OUT.safetensors", *chosen
+    chosen += ("--exclude", "*lora_*") if _has_adapter_in_it(opened) else ()
     has_config = any((place / "config.json").is_file() for place in found.companions)
     return "merge", path, "OUT", *chosen, *(() if has_config else ("--base", "MODEL"))
+
+
+def _has_adapter_in_it(opened: Checkpoint) -> bool:
+    """Whether it is a model and an adapter in one, of which merge writes the one or the other."""
+    from reshard.formats import huggingface
+    from reshard.ops import names
+
+    try:
+        return bool(huggingface.trained_with(names.unwrapped(names.model_only(opened))))
+    except InputError:
+        return False
 
 
 def _conversion(path: Path, found: Found, judged: Judged, step: int | None) -> tuple[str | Path, ...]:
