@@ -184,6 +184,18 @@ def test_inspect_and_verify_answer_with_values(tmp_path: Path) -> None:
     assert len(reshard.verify(tmp_path / "out").problems) == 1
 
 
+def test_models_that_options_name_may_be_paths_and_sizes_numbers(tmp_path: Path) -> None:
+    base = EXAMPLES / "base"
+    reshard.merge(EXAMPLES / "run", tmp_path / "model", base=base, max_shard_size=100_000)
+    reshard.convert(
+        EXAMPLES / "run", tmp_path / "nemo", to="nemo2", hf_model=base, tokenizer_path=base, max_shard_size=10**9
+    )
+    reshard.convert(tmp_path / "nemo", tmp_path / "back", to="hf", max_shard_size=100_000)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    assert reshard.verify(tmp_path / "model", against=EXAMPLES / "run").ok
+    assert reshard.verify(tmp_path / "nemo", against=EXAMPLES / "run").ok
+
+
 def test_average_takes_checkpoints_of_any_formats(tmp_path: Path) -> None:
     one, two = workspace.state_of(seed=1), workspace.state_of(seed=2)
     workspace.write_rank_files(tmp_path / "one", one)

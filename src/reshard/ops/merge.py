@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -68,6 +69,7 @@ class Options:
     """Compare the copies of data that several ranks hold, and read the output again when it is written."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "base", self.base if self.base is None else os.fspath(self.base))
         for name in ("include", "exclude"):
             globs = getattr(self, name)
             object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))

@@ -41,7 +41,8 @@ class Options:
     """Rows of the vocabulary are padded to a multiple of this times `tp`, on the way into Megatron."""
     strict: bool = True
     """Whether a tensor that is missing is an error."""
-    max_shard_size: str | None = None
+    max_shard_size: str | int | None = None
+    """Of the files that are written, such as `5GB`, or in bytes."""
     save_tokenizer: bool = True
     model_id: str | None = None
     """NVIDIA's name of the model: what a checkpoint does not say of itself."""
@@ -52,6 +53,11 @@ class Options:
     verify: bool = False
     lenient: bool = False
     """Whether an option that contradicts the rest is only said to change nothing, as in a script for another system."""
+
+    def __post_init__(self) -> None:
+        for name in ("hf_model", "model_id", "tokenizer_path"):
+            named = getattr(self, name)
+            object.__setattr__(self, name, named if named is None else os.fspath(named))
 
     def record(self) -> dict[str, Any]:
         """What differs from the defaults, for the manifest."""
@@ -72,7 +78,7 @@ class Options:
     @property
     def max_nbytes(self) -> int | None:
         """The size that no file may exceed, where one was asked for."""
-        return huggingface.parse_size(self.max_shard_size) if self.max_shard_size else None
+        return huggingface.parse_size(str(self.max_shard_size)) if self.max_shard_size is not None else None
 
 
 def format_named(name: str) -> Format:
@@ -87,7 +93,7 @@ def check(options: Options) -> None:
     """Raise Unsupported or Mismatch for options that no model can be converted with."""
     target_named(options.target or DEFAULT_TARGET.name)
     if options.max_shard_size is not None:
-        huggingface.parse_size(options.max_shard_size)
+        huggingface.parse_size(str(options.max_shard_size))
     if options.dtype is not None and not _is_weights(options.dtype):
         raise Unsupported(
             f"--dtype {options.dtype}: weights are written in float32, bfloat16, float16 or float64",
