@@ -750,6 +750,18 @@ def test_rows_beyond_the_tokenizer_are_kept_for_nemo_2_and_cut_for_huggingface(t
     assert converted(source, tmp_path)["model.embed_tokens.weight"].shape == (NUM_TOKENS, 64)
 
 
+@pytest.mark.parametrize(("to", "place"), [("hf", "tokenizer.model"), ("nemo2", "context/tokenizer.model")])
+def test_the_archives_tokenizer_is_taken_where_the_model_that_is_named_has_none(
+    to: str, place: str, tmp_path: Path
+) -> None:
+    source = pack(tmp_path / "m.nemo", members())
+    reshard.convert(source, tmp_path / "model", to="hf")
+    (tmp_path / "model/tokenizer.model").unlink()
+    (tmp_path / "model/generation_config.json").write_text('{"bos_token_id": 1}')
+    reshard.convert(source, tmp_path / "out", to=to, hf_model=tmp_path / "model")
+    assert (tmp_path / "out" / place).read_bytes() == pieces(NUM_TOKENS)
+
+
 def test_without_a_tokenizer_all_rows_are_taken_and_the_user_is_told(tmp_path: Path) -> None:
     source = pack(tmp_path / "m.nemo", {n: d for n, d in members().items() if "tokenizer" not in n})
     result = reshard.convert(source, tmp_path / "hf", to="hf")

@@ -195,6 +195,11 @@ _OF_TOKENIZER = re.compile(
 """Files that AutoTokenizer reads."""
 
 
+def has_tokenizer(assets: Mapping[str, Tensor]) -> bool:
+    """Whether files of a tokenizer are among those that lie beside a model."""
+    return any(map(_OF_TOKENIZER.fullmatch, assets))
+
+
 def _sentence_piece(name: str, data: Tensor, source: Source) -> Tokenizer:
     num_tokens = token_count.of_bytes(_read(data, source))
     if num_tokens is None:

@@ -243,9 +243,12 @@ def _reference(opened: MegatronCheckpoint, options: Options) -> Reference | None
 
 
 def _assets(opened: MegatronCheckpoint, reference: Reference | None) -> Mapping[str, Tensor]:
-    """Tokenizer and other files: the reference's, else those that the checkpoint brings."""
-    if reference is not None and reference.assets:
-        return reference.assets
+    """Tokenizer and other files: the reference's, and those that the checkpoint brings where it has no tokenizer."""
+    given = reference.assets if reference is not None else {}
+    return given if nemo2.has_tokenizer(given) else {**_own_assets(opened), **given}
+
+
+def _own_assets(opened: MegatronCheckpoint) -> Mapping[str, Tensor]:
     context, tokenizer = opened.located.context, opened.located.tokenizer
     if context is not None and (context / nemo2_context.IO).is_file():
         return nemo2.assets_of(context)
