@@ -67,6 +67,17 @@ def test_an_optimizer_that_counts_its_parameters_goes_on_from_what_all_wrote(tmp
     assert flat(again.state_dict()) == flat(trained.state_dict())
 
 
+def test_an_optimizer_that_has_not_stepped_is_an_optimizer_too(tmp_path: Path) -> None:
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    torch.save(module.state_dict(), tmp_path / "model_world_size_1_rank_0.pt")
+    torch.save(optimizer.state_dict(), tmp_path / "optim_world_size_1_rank_0.pt")
+    reshard.merge(tmp_path, tmp_path / "out/all.pt", what="all")
+    found = torch.load(tmp_path / "out/all.pt")
+    assert sorted(found) == ["bias", "optimizer", "weight"]
+    assert found["optimizer"] == optimizer.state_dict()
+
+
 def test_keys_that_are_no_text_are_what_they_were(tmp_path: Path) -> None:
     saved = {"by": {3: torch.ones(1), 0: torch.ones(2), 2.5: torch.ones(3), None: 1}, "list": [torch.ones(1), {1: 2}]}
     torch.save(saved, tmp_path / "saved.pt")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from reshard.core.checkpoint import Checkpoint
+from reshard.core.checkpoint import Checkpoint, KeyPath
 from reshard.core.tensor import Tensor
 from reshard.errors import Corrupt
 from reshard.formats.detect import EMA, MODEL, OPTIMIZER, Found, Part, find
@@ -46,7 +47,8 @@ def open_found(found: Found, roles: tuple[str, ...] = (MODEL,), *, verify: bool 
     if len(parts) == 1:
         return replace(first, origin=origin, notices=found.notices + first.notices)
     tensors: dict[str, Tensor] = {}
-    objects, paths = dict(first.objects), dict(first.paths)
+    objects: dict[str, Any] = {}
+    paths: dict[str, KeyPath] = {}
     for part, checkpoint in parts:
         located = checkpoint.located()
         container = _container(part, checkpoint)
@@ -81,7 +83,8 @@ def _container(part: Part, checkpoint: Checkpoint) -> str:
 
 
 def _is_prefixed(checkpoint: Checkpoint) -> bool:
-    return all(str(checkpoint.path(fqn)[0]).startswith("optim") for fqn in checkpoint)
+    names = list(checkpoint) or checkpoint.objects  # one that has not stepped yet has no tensors
+    return all(str(checkpoint.path(name)[0]).startswith("optim") for name in names)
 
 
 def open_path(path: Path, **choices: str | int | None) -> Checkpoint:
