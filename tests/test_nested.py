@@ -78,6 +78,14 @@ def test_an_optimizer_that_has_not_stepped_is_an_optimizer_too(tmp_path: Path) -
     assert found["optimizer"] == optimizer.state_dict()
 
 
+def test_an_object_that_two_parts_have_is_told(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1), "epoch": 1}, tmp_path / "model_world_size_1_rank_0.pt")
+    torch.save({"epoch": 2, "seed": 3}, tmp_path / "extra_state_world_size_1_rank_0.pt")
+    merged = reshard.merge(tmp_path, tmp_path / "out/all.pt", what="all")
+    assert torch.load(tmp_path / "out/all.pt")["epoch"] == 2
+    assert [n for n in merged.notices if "in several parts" in n and n.endswith("the last counts: epoch")] != []
+
+
 def test_keys_that_are_no_text_are_what_they_were(tmp_path: Path) -> None:
     saved = {"by": {3: torch.ones(1), 0: torch.ones(2), 2.5: torch.ones(3), None: 1}, "list": [torch.ones(1), {1: 2}]}
     torch.save(saved, tmp_path / "saved.pt")

@@ -13,7 +13,7 @@ from typing import Any
 
 from reshard.core.checkpoint import Checkpoint, KeyPath
 from reshard.core.tensor import Tensor
-from reshard.errors import Corrupt
+from reshard.errors import Corrupt, listed
 from reshard.formats.detect import EMA, MODEL, OPTIMIZER, Found, Part, find
 
 FORMATS = (
@@ -49,6 +49,7 @@ def open_found(found: Found, roles: tuple[str, ...] = (MODEL,), *, verify: bool 
     tensors: dict[str, Tensor] = {}
     objects: dict[str, Any] = {}
     paths: dict[str, KeyPath] = {}
+    twice: list[str] = []
     for part, checkpoint in parts:
         located = checkpoint.located()
         container = _container(part, checkpoint)
@@ -60,10 +61,13 @@ def open_found(found: Found, roles: tuple[str, ...] = (MODEL,), *, verify: bool 
             path = checkpoint.path(fqn)
             paths[prefix + fqn] = (container, *path) if container else path
         for name, value in checkpoint.objects.items():
+            twice += [prefix + name] if prefix + name in objects else []
             objects[prefix + name] = value
             paths[prefix + name] = (container, *checkpoint.path(name)) if container else checkpoint.path(name)
     files = tuple(file for _, checkpoint in parts for file in checkpoint.origin.files)
     notices = found.notices + tuple(n for _, checkpoint in parts for n in checkpoint.notices)
+    if twice:
+        notices += (f"in several parts of {found.root}, of which the last counts: {listed(twice)}",)
     return replace(
         first,
         tensors=tensors,
