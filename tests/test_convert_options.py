@@ -67,6 +67,14 @@ def refused(capsys: Capture, *words: object) -> str:
     return capsys.readouterr().err
 
 
+def test_a_directory_above_a_run_is_answered_with_the_one_to_name(
+    models: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    shutil.copytree(models / "llama-megatron", tmp_path / "above/run")
+    said = refused(capsys, "convert", tmp_path / "above", tmp_path / "out", "--to", "fsdp_dtensor")
+    assert said.splitlines()[-1] == f"hint: name {tmp_path / 'above/run/iter_0000000'} itself"
+
+
 # -------------------------------------------------------------------------------------------------- without meaning
 
 

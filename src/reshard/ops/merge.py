@@ -161,9 +161,14 @@ class Ways:
     """What else does for flattened parameters, after a comma."""
     partial: str = "is every shard there, and does the config belong to them?"
     """What does where parameters are missing."""
+    stored: str = ""
+    """What takes a Megatron model as it is stored; empty where the verb takes such models itself."""
 
 
-_WAYS = Ways("--base", ", --keep-names writes them flat", "--keep-names writes what is there")
+_WAYS = Ways(
+    "--base", ", --keep-names writes them flat", "--keep-names writes what is there",
+    "--keep-names merges them as they are stored",
+)  # fmt: skip
 
 
 def whole_model(source: Path, options: Options, ways: Ways = _WAYS) -> tuple[Found, Checkpoint, Checkpoint]:
@@ -379,10 +384,11 @@ def _as_huggingface(checkpoint: Checkpoint, whole: bool, ways: Ways = _WAYS) -> 
     from reshard.ops.tie import tie
 
     if checkpoint.dialect == "megatron":
+        path = checkpoint.origin.path
+        converted = f"{command('convert', path, 'OUT', '--to', 'hf')} ({ways.stored})"
         raise Unsupported(
-            f"{checkpoint.origin.path} holds a Megatron model: its tensors are named and fused unlike the hub's",
-            hint=f"{command('convert', checkpoint.origin.path, 'OUT', '--to', 'hf')} "
-            "(--keep-names merges them as they are stored)",
+            f"{path} holds a Megatron model: its tensors are named and fused unlike the hub's",
+            hint=converted if ways.stored else f"name {path} itself",
         )
     config = checkpoint.config
     checkpoint = names.without_peft(names.without_ddp(checkpoint))
