@@ -397,7 +397,7 @@ def test_any_rank_killed_at_any_moment(ranks: Ranks, tmp_path: Path) -> None:
 
 def until_there(path: Path) -> None:
     """Wait until a run has come this far."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < until
         time.sleep(0.005)

@@ -118,7 +118,7 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         thread = threading.Thread(target=server.run)
         thread.start()
         running.append((server, thread))
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while not server.started:
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -878,7 +878,7 @@ def test_the_command_line_starts_it(whole: Path, tmp_path: Path) -> None:
     server = subprocess.Popen([*words, "--port", str(port)], stderr=subprocess.PIPE, text=True)
     assert server.stderr
     assert f"http://127.0.0.1:{port}/ evaluates with command" in server.stderr.readline()
-    client, until = Client(port), time.monotonic() + 20
+    client, until = Client(port), time.monotonic() + 60
     while True:
         try:
             assert client("GET", "/health")[0] == 200

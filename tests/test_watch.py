@@ -275,7 +275,7 @@ def test_what_only_an_earlier_watch_was_asked_for_keeps_no_later_one_waiting(tmp
     later = Settings(Schedule(steps=4), settings().evaluation)
     watching = threading.Thread(target=once, args=(tmp_path, later, Fake()), daemon=True)
     watching.start()
-    watching.join(10)
+    watching.join(60)
     assert not watching.is_alive()
 
 
