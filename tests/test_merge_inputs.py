@@ -289,6 +289,15 @@ def test_what_each_rank_keeps_for_itself_is_not_removed(tmp_path: Path) -> None:
         reshard.merge(tmp_path / "source", tmp_path / "out.pt", what="all", remove_shards=True)
 
 
+def test_what_each_rank_keeps_beside_an_optimizer_of_one_save_is_not_removed(tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / "source").mkdir(exist_ok=True)
+        torch.save({"w": torch.ones(2), "seed": rank}, tmp_path / f"source/pytorch_model_fsdp_rank{rank}.bin")
+    write_dcp(tmp_path / "source/optimizer_0", {"state.w.exp_avg": torch.ones(2)})
+    with pytest.raises(OutputError, match="would lose what is not in the output: seed"):
+        reshard.merge(tmp_path / "source", tmp_path / "out.pt", what="all", remove_shards=True)
+
+
 def test_all_of_a_file_holds_the_tensors_inside_of_its_objects(tmp_path: Path) -> None:
     saved = {"model": {"w": torch.ones(2)}, "window": deque([torch.arange(3.0)]), "seen": Counter("aab")}
     torch.save(saved, tmp_path / "saved.pt")

@@ -523,14 +523,17 @@ def _check_removable(prepared: Prepared) -> None:
     if left:
         raise OutputError(
             f"{prepared.opened.origin.path}: --remove-shards would lose what is not in the output: {listed(left)}",
-            hint="take --all into a .pt file, or remove the shards yourself",
+            hint="--all into a .pt file takes it, unless each rank has its own; or remove the shards yourself",
         )
 
 
 def _holds_objects(prepared: Prepared) -> bool:
     """Whether the output holds all that is no tensor. Of what each rank keeps for itself it has one rank's."""
+    from reshard.formats import rank_files
+
     facts, origin = prepared.plan.facts, prepared.opened.origin
-    is_one = origin.format == "torch_save" or any(file.name == ".metadata" for file in origin.files)
+    files = frozenset(file.name for file in origin.files)
+    is_one = origin.format == "torch_save" or (".metadata" in files and not rank_files.matches(files))
     return is_one and facts["output"] == "torch_save" and facts["options"].get("what") == "all"
 
 
