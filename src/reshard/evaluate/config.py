@@ -175,16 +175,14 @@ def read_settings(path: Path) -> Settings:
     """The settings of a YAML file. Raises InputError with line and column where it is none."""
     import yaml
 
-    from reshard.formats.yaml_bounds import check_bounds
+    from reshard.formats.yaml_bounds import loaded
 
     if not path.is_file():
         raise NotFound(f"{path}: no such file")
     if path.stat().st_size > _LIMIT_NBYTES:
         raise InputError(f"{path} has {path.stat().st_size} bytes: no file of settings")
     try:
-        text = path.read_bytes()
-        check_bounds(text, yaml.SafeLoader)
-        document = yaml.load(text, Loader=_loader())
+        document = loaded(path.read_bytes(), _loader())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from reshard.errors import Corrupt, Unsupported
-from reshard.formats.yaml_bounds import MAX_DEPTH, check_bounds
+from reshard.formats.yaml_bounds import MAX_DEPTH, loaded
 from reshard.storage.unpickle import Global, Inert, TensorRef, TorchDType
 
 LIMIT_NBYTES = 16 << 20
@@ -154,9 +154,7 @@ def _bounded(path: Path) -> bytes:
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """The document, reduced to plain values. Tags that name Python objects are looked through, never followed."""
     try:
-        text = _bounded(path)
-        check_bounds(text)
-        document = plain(yaml.load(text, Loader=_Loader))
+        document = plain(loaded(_bounded(path), _Loader))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise Corrupt(f"{path} is not YAML: {error}") from error
     if not isinstance(document, dict):

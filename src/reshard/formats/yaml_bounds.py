@@ -1,4 +1,4 @@
-"""How much a YAML document holds, by its events alone: nothing is built meanwhile.
+"""YAML documents of anybody: how much one holds is counted first, by its events alone, and nothing built meanwhile.
 
 libyaml's composer calls itself for each level, without end, and ends the process where the stack does; and a few lines
 of aliases and merge keys stand for more values than any memory holds.
@@ -15,12 +15,22 @@ MAX_NUM_VALUES = 1 << 20
 """With each alias counted as all that it stands for. Settings have a few thousand."""
 
 
-def check_bounds(text: bytes, loader: Any = None) -> None:
-    """Raise ValueError for a document that no settings are, yaml.YAMLError, the `loader`'s, for what is none."""
+def loaded(text: bytes, loader: Any = None) -> Any:
+    """The document as a loader builds it, a safe one. Raises ValueError or yaml.YAMLError for what is none."""
+    loader = loader or getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    _check_bounds(text, loader)
+    try:
+        return yaml.load(text, Loader=loader)
+    except (AttributeError, LookupError) as error:  # PyYAML's own, of `!!timestamp x`, `!!bool x` and `!!int ""`
+        raise ValueError("a value is not what its tag says") from error
+
+
+def _check_bounds(text: bytes, loader: Any) -> None:
+    """Raise ValueError for a document that no settings are."""
     held: dict[str | None, int] = {}
     above: list[tuple[str | None, int]] = []
     count = 0
-    for event in yaml.parse(text, Loader=loader or getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=loader):
         if isinstance(event, yaml.CollectionStartEvent):
             above.append((event.anchor, count))
             if len(above) > MAX_DEPTH:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from reshard.errors import InputError, NotFound
-from reshard.formats.yaml_bounds import check_bounds
+from reshard.formats.yaml_bounds import loaded
 from reshard.ops.merge import Merged, merge
 
 _LIMIT_NBYTES = 16 << 20
@@ -31,9 +31,7 @@ def read(path: Path) -> AxolotlConfig:
     if path.stat().st_size > _LIMIT_NBYTES:
         raise InputError(f"{path} has {path.stat().st_size} bytes")
     try:
-        text = path.read_bytes()
-        check_bounds(text)
-        document = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        document = loaded(path.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise InputError(f"{path}: {error}") from error
     if not isinstance(document, Mapping):
