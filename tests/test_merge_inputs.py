@@ -60,7 +60,7 @@ def test_a_step_is_taken_from_a_run_that_holds_its_final_model_too(tmp_path: Pat
     assert equals(tmp_path / "step", model(1, seed=400))
     merged = reshard.merge(tmp_path / "run", tmp_path / "final")
     assert equals(tmp_path / "final", model(1, seed=600))
-    assert [notice for notice in merged.notices if "--step takes one of 400, 500" in notice]
+    assert [notice for notice in merged.notices if "as none of the steps 400, 500 is named" in notice]
     with pytest.raises(NotFound, match="no checkpoint of step 7"):
         reshard.merge(tmp_path / "run", tmp_path / "none", step=7)
 
@@ -229,7 +229,7 @@ def test_a_lazy_tensor_is_indexed_as_numpys_or_says_why_not(tmp_path: Path) -> N
     array = torch.arange(24.0).reshape(2, 3, 4).numpy()
     for index in (..., (..., 0), (1, ...), (0, ..., slice(1, 3)), (slice(None), ..., -1), (1, 2, 3, ...)):
         assert np.array_equal(lazy[index].numpy(), array[index])
-    for strange in (None, [0, 1], np.array([True, False]), (..., ...), "w"):
+    for strange in (None, True, [0, 1], np.array([True, False]), (..., ...), "w"):
         with pytest.raises(IndexError):
             lazy[strange]
 

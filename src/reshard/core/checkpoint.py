@@ -65,7 +65,7 @@ class LazyTensor:
         if at is not None:
             rest = index[at + 1 :]
             index = (*index[:at], *[slice(None)] * (len(self.shape) - at - len(rest)), *rest)
-        strange = [item for item in index if not isinstance(item, int | slice | np.integer)]
+        strange = [n for n in index if isinstance(n, bool) or not isinstance(n, int | slice | np.integer)]
         if strange:
             raise IndexError(f"{strange[0]!r} is no index of a stored tensor: integers, slices and one ... are")
         return LazyTensor(self.tensor[index], self.source)
