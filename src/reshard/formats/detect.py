@@ -264,7 +264,9 @@ def _beside_numbered(found: Found, children: Sequence[tuple[int, Path]]) -> Foun
     if not children or found.step is not None:
         return found
     steps = listed(str(step) for step, _ in children)
-    said = f"{found.root} holds a model beside its checkpoints, which is read; --step takes one of {steps}"
+    said = (
+        f"{found.root} holds a model beside its checkpoints: the model is read, as none of the steps {steps} is named"
+    )
     return replace(found, notices=(*found.notices, said))
 
 
