@@ -69,10 +69,6 @@ def is_distributed(leaf: object) -> bool:
     return isinstance(leaf, Rebuilt) and leaf.cls.name in ("DTensor", "ShardedTensor")
 
 
-class WrongShape(Corrupt):
-    """A local tensor has not the shape that the placements give it."""
-
-
 def share(leaf: Rebuilt, where: str) -> Share:
     """The share of the rank whose file this leaf is from; `settled` says which of its readings holds.
 
