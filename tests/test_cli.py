@@ -403,7 +403,6 @@ def test_options_of_a_merge_that_change_nothing_are_said(lmms: Path, capsys: Cap
     assert main(["merge", "run", "out.pt", *words]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "changes nothing" in line]
     assert said == [
-        "note: --type changes nothing: how it was saved is seen on the files",
         "note: --max-shard-size changes nothing: out.pt is one file",
         "note: --no-save-tokenizer changes nothing: out.pt is one file",
         "note: --cfg-key changes nothing: only a .ckpt has a configuration in it",

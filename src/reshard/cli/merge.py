@@ -109,7 +109,6 @@ def _say_meaningless(args: argparse.Namespace, target: str | None) -> None:
 
     is_file, is_nested = target is not None and kind_of(Path(target)) != "huggingface", str(target).endswith(".ckpt")
     meaningless = {
-        "--type": args.type is not None and "how it was saved is seen on the files",
         "--max-shard-size": is_file and args.max_shard_size is not None and f"{target} is one file",
         "--no-save-tokenizer": is_file and not args.save_tokenizer and f"{target} is one file",
         "--cfg-key": args.cfg_key is not None and not is_nested and "only a .ckpt has a configuration in it",

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,17 +26,12 @@ from reshard.errors import Corrupt, InputError, Mismatch, NotFound, OutputError,
 from reshard.formats import open_found
 from reshard.formats.detect import EMA, EXTRA, MODEL, OPTIMIZER, Found, find, shards_in
 from reshard.ops import names, tie
+from reshard.ops.tokens import is_of_tokenizer
 from reshard.storage import manifest
 from reshard.storage.launch import Spread
 from reshard.storage.plan import Plan
 from reshard.storage.run import BLOCK_NBYTES, Progress, Result, run
 from reshard.version import __version__
-
-_TOKENIZER = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|tekken\.json|normalizer\.json"
-    r"|.*\.tiktoken|.*\.model|.*\.jinja|chat_template\.json"
-)
-"""What `--no-save-tokenizer` leaves out."""
 
 What = Literal["model", "optimizer", "all"]
 Kind = Literal["huggingface", "safetensors", "torch_save"]
@@ -306,13 +300,13 @@ def _accompanied(opened: Checkpoint, found: Found, options: Options, ways: Ways 
         other, files = huggingface.companions(hub.resolve(options.base, hint=hint))
         if other is None and not files:
             raise NotFound(f"{ways.base} {options.base} has neither config.json nor files of a tokenizer", hint=hint)
-        if any(map(_TOKENIZER.fullmatch, assets)):  # a tokenizer is all of its files, from one place
-            files = {name: file for name, file in files.items() if not _TOKENIZER.fullmatch(name)}
+        if any(map(is_of_tokenizer, assets)):  # a tokenizer is all of its files, from one place
+            files = {name: file for name, file in files.items() if not is_of_tokenizer(name)}
         config, assets = config if config is not None else other, files | assets
         if config is None and "adapter_config.json" not in assets:
             raise NotFound(f"{ways.base} {options.base} has no config.json", hint=hint)
     if not options.save_tokenizer:
-        assets = {name: tensor for name, tensor in assets.items() if not _TOKENIZER.fullmatch(name)}
+        assets = {name: tensor for name, tensor in assets.items() if not is_of_tokenizer(name)}
     return replace(opened, config=config, assets=assets)
 
 

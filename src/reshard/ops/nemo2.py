@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from reshard.dialects.setting import Values, flat
 from reshard.errors import NotFound, Unsupported
 from reshard.formats import fiddle, huggingface, nemo1, nemo2, nemo2_context, token_count
 from reshard.formats.fiddle import Call, Symbol
+from reshard.ops.tokens import is_of_tokenizer
 from reshard.storage import hub
 from reshard.storage.files import Files, LazySource
 from reshard.storage.plan import FilePlan
@@ -162,7 +162,7 @@ _HINT = "--tokenizer-path names a SentencePiece model, a directory with tokenize
 def tokenizer_among(assets: Mapping[str, Tensor], source: Source, library: str | None = None) -> Tokenizer | None:
     """The tokenizer among the files that lie beside a model; None where there is none of this library."""
     if library != "sentencepiece" and any(name in assets for name in _OF_HUGGINGFACE):
-        files = {name: data for name, data in assets.items() if _OF_TOKENIZER.fullmatch(name)}
+        files = {name: data for name, data in assets.items() if is_of_tokenizer(name)}
         arguments = {"pretrained_model_name": _DIRECTORY}
         listing = assets.get("tokenizer.json")
         return Tokenizer(
@@ -188,16 +188,11 @@ def tokenizer_on_hub(name: str) -> Tokenizer:
 
 
 _OF_HUGGINGFACE = ("tokenizer.json", "tokenizer_config.json")
-_OF_TOKENIZER = re.compile(
-    r"(?:tokenizer|special_tokens_map|added_tokens|vocab|merges|normalizer|tekken|chat_template).*"
-    r"|.*\.(?:tiktoken|model|spm|jinja)"
-)
-"""Files that AutoTokenizer reads."""
 
 
 def has_tokenizer(assets: Mapping[str, Tensor]) -> bool:
     """Whether files of a tokenizer are among those that lie beside a model."""
-    return any(map(_OF_TOKENIZER.fullmatch, assets))
+    return any(map(is_of_tokenizer, assets))
 
 
 def _sentence_piece(name: str, data: Tensor, source: Source) -> Tokenizer:

@@ -1,14 +1,24 @@
-"""What the files of a tokenizer say of special tokens, for a config.json that is made without a reference."""
+"""Which files a tokenizer is, and what they say of special tokens, for a config.json made without a reference."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reshard.formats import huggingface, token_count
 
+_FILE = re.compile(
+    r"(?:tokenizer|special_tokens_map|added_tokens|vocab|merges|normalizer|tekken|chat_template).*"
+    r"|.*\.(?:tiktoken|model|spm|jinja)"
+)
 _NAMES = ("bos_token", "eos_token", "pad_token")
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a file beside a model is one that AutoTokenizer reads."""
+    return _FILE.fullmatch(name) is not None
 
 
 def special_tokens(directory: Path) -> dict[str, int | list[int]]:
