@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,11 @@ def test_a_file_that_is_compressed_is_called_so(head: bytes, program: str, tmp_p
     with pytest.raises(Unsupported, match=rf"a b\.pt is compressed \({program}\)") as raised:
         find(tmp_path / "a b.pt")
     assert raised.value.hint == f"{program} -dc '{tmp_path}/a b.pt' > 'a b'-plain, and name that"
+
+
+def test_an_archive_of_something_else_is_said_to_be_that(tmp_path: Path) -> None:
+    (tmp_path / "model_config.yaml").write_text("model: {}")
+    with tarfile.open(tmp_path / "m.nemo", "w") as archive:
+        archive.add(tmp_path / "model_config.yaml", "model_config.yaml")
+    with pytest.raises(NotFound, match=r"without weights of NeMo: it holds model_config\.yaml"):
+        find(tmp_path / "m.nemo")

@@ -109,6 +109,7 @@ def find(path: Path, *, step: int | None = None, state_dict_dirname: str | None 
         found = _megatron(directory_of(path), step)
         if found is not None:
             return replace(found, companions=_companions(found))
+        _check_not_foreign(path)
         path = Path(path)
     if path.is_file():
         return _of_file(path)
@@ -123,6 +124,20 @@ def find(path: Path, *, step: int | None = None, state_dict_dirname: str | None 
         said = f"{found.root} does not tell its step: --step {step} chose nothing"
         found = replace(found, notices=(*found.notices, said))
     return replace(found, companions=_companions(found))
+
+
+_OF_OLD_TORCH = "sys_info"
+"""A member of the tar archives that torch wrote before 2017."""
+
+
+def _check_not_foreign(archive: ArchivePath) -> None:
+    """Raise NotFound for an archive that is neither NeMo's nor torch's."""
+    members = _names(archive)
+    if _OF_OLD_TORCH not in members:
+        raise NotFound(
+            f"{archive} is an archive without weights of NeMo: it holds {listed(members) or 'nothing'}",
+            hint="a .nemo has model_weights/ or model_weights.ckpt in it; unpack any other archive, and name what it holds",
+        )
 
 
 def numbered(run: Path) -> list[tuple[int, Path]]:
