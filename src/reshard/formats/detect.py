@@ -136,7 +136,7 @@ def _check_not_foreign(archive: ArchivePath) -> None:
     if _OF_OLD_TORCH not in members:
         raise NotFound(
             f"{archive} is an archive without weights of NeMo: it holds {listed(members) or 'nothing'}",
-            hint="a .nemo has model_weights/ or model_weights.ckpt in it; unpack any other archive, and name what it holds",
+            hint="a .nemo has model_weights/ or model_weights.ckpt in it; unpack any other archive first",
         )
 
 
