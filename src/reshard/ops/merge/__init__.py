@@ -129,7 +129,7 @@ def carry_out(
 
     What `tell` says when all is read follows the notices.
     """
-    removal.check_replaceable(output)
+    removal.check_replaceable(output, prepared.plan)
     if remove_shards:
         removal.check_removable(prepared)
     result = run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ _OTHER_FILES = (
 def kind_of(output: Path) -> Kind:
     """What is written to an output of this name. Raises Unsupported for names of files that are none of ours."""
     suffix = output.suffix.lower()
-    if suffix in _OTHER_FILES and not output.is_dir():
+    if suffix in _OTHER_FILES and not os.path.isdir(output):
         raise Unsupported(
             f"{output}: merge writes no {suffix} files",
             hint=".safetensors, or .pt, .pth, .bin, .ckpt; any other name is that of a directory",

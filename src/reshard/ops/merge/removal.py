@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from reshard.formats.detect import shards_in
 from reshard.ops import tie
 from reshard.ops.merge.options import Prepared
 from reshard.storage import manifest
+from reshard.storage.plan import Plan
 
 
-def check_replaceable(output: Path) -> None:
+def check_replaceable(output: Path, plan: Plan) -> None:
     """Raise OutputError when there are training checkpoints where the output goes, whatever --force says."""
-    if not output.is_dir():
-        return
+    final = Path(os.path.realpath(output))
+    if not os.path.isdir(final) or any(final in Path(os.path.realpath(path)).parents for path in plan.sources()):
+        return  # what holds the source itself is refused as that
     shards = shards_in(output)
     if shards:
         with suppress(NotFound, Corrupt):
