@@ -85,12 +85,8 @@ def test_a_directory_above_a_run_is_answered_with_the_one_to_name(
         ("llama", "nemo2 --target bridge", "--target bridge: fsdp_dtensor alone"),
         ("llama-megatron", "hf --target megatron-lm", "and this is --to hf"),
         ("llama-megatron", "hf --make-vocab-size-divisible-by 8", "--make-vocab-size-divisible-by 8: a HuggingFace"),
-        (
-            "llama-megatron",
-            "hf --tokenizer-path here",
-            "--tokenizer-path here: --to nemo2 alone takes another tokenizer",
-        ),
-        ("llama", "torch_dist --tokenizer-library huggingface", "--tokenizer-library huggingface: --to nemo2 alone"),
+        ("llama-megatron", "hf --tokenizer-path here", "--tokenizer-path here"),
+        ("llama", "torch_dist --tokenizer-library huggingface", "--tokenizer-library huggingface: no --tokenizer-path"),
         (
             "llama",
             "nemo2 --tokenizer-path here --no-save-tokenizer",

@@ -768,6 +768,22 @@ def test_without_a_tokenizer_all_rows_are_taken_and_the_user_is_told(tmp_path: P
     assert any("all 256 rows of the embedding are taken" in notice for notice in result.notices)
 
 
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_a_tokenizer_that_is_named_is_written_beside_a_huggingface_model(what: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/tokenizer.model").write_bytes(pieces(NUM_TOKENS))
+    (tmp_path / "mine/config.json").write_text("{}")
+    path = tmp_path / "mine" if what == "directory" else tmp_path / "mine/tokenizer.model"
+    source = pack(tmp_path / "m.nemo", {n: d for n, d in members().items() if "tokenizer" not in n})
+    reshard.convert(source, tmp_path / "hf", to="hf", tokenizer_path=path)
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == pieces(NUM_TOKENS)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["vocab_size"] == NUM_TOKENS
+    assert reshard.open(tmp_path / "hf")["model.embed_tokens.weight"].shape[0] == NUM_TOKENS
+    reshard.convert(source, tmp_path / "megatron", to="torch_dist", tokenizer_path=path)
+    assert [p.read_bytes() for p in (tmp_path / "megatron").rglob("tokenizer.model")] == [pieces(NUM_TOKENS)]
+
+
 # ------------------------------------------------------------------------------------------------------------- tar
 
 

@@ -61,8 +61,8 @@ def add_more(parser: argparse.ArgumentParser) -> None:
 
 
 def add_nemo(parser: argparse.ArgumentParser) -> None:
-    """What a directory of NeMo 2 needs beside the model, and the paths as NVIDIA's script has them."""
-    group = parser.add_argument_group("NeMo 2")
+    """The tokenizer, what NeMo's weights may not say of themselves, and the paths as NVIDIA's script has them."""
+    group = parser.add_argument_group("tokenizer, and NeMo")
     group.add_argument("--tokenizer-path", metavar="PATH", help="of a SentencePiece model, a directory or a hub id "
                        "(default: the tokenizer beside the model)")  # fmt: skip
     group.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from reshard.core.box import Box
@@ -139,21 +139,34 @@ def tokenizer_named(path: str, library: str | None) -> Tokenizer:
 
     Raises NotFound where nothing of the kind is there.
     """
-    place = Path(path).expanduser()
+    place = tokenizer_place(path)
     if place.is_file():
         if library == "huggingface":
             raise NotFound(
                 f"--tokenizer-path {path} is a file: a HuggingFace tokenizer is a directory of them", hint=_HINT
             )
         return _sentence_piece(f"--tokenizer-path {path}", huggingface.asset(place), LazySource(Files()))
-    try:
-        _, assets = huggingface.companions(hub.resolve(path, hint=_HINT))
-    except NotFound as error:
-        raise NotFound(f"--tokenizer-path {error}", hint=error.hint) from error
+    _, assets = huggingface.companions(place)
     found = tokenizer_among(assets, LazySource(Files()), library)
     if found is None:
         raise NotFound(f"--tokenizer-path {path} has no files of a {library or 'known'} tokenizer", hint=_HINT)
     return found
+
+
+def tokenizer_place(path: str) -> Path:
+    """The file or directory that --tokenizer-path names. Raises NotFound."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return place
+    try:
+        return hub.resolve(path, hint=_HINT)
+    except NotFound as error:
+        raise NotFound(f"--tokenizer-path {error}", hint=error.hint) from error
+
+
+def tokenizer_files(path: str, library: str | None) -> dict[str, Tensor]:
+    """The files of --tokenizer-path, as a HuggingFace directory has them."""
+    return {PurePath(name).name: data for name, data in tokenizer_named(path, library).files.items()}
 
 
 _HINT = "--tokenizer-path names a SentencePiece model, a directory with tokenizer.json or tokenizer.model, or a hub id"

@@ -28,7 +28,7 @@ from reshard.ops.merge import Options as MergeOptions
 from reshard.ops.merge import Ways, whole_model
 from reshard.ops.reference import SCALES, Reference, is_float8, is_packed
 from reshard.ops.tie import says_tied
-from reshard.ops.tokens import special_tokens
+from reshard.ops.tokens import is_of_tokenizer, special_tokens
 from reshard.storage import hub
 
 
@@ -141,7 +141,8 @@ def of_megatron(source: Path, options: Options) -> Model:
     said = _no_run(located.iteration, source, options)
     opened = open_located(located, verify=options.verify)
     checkpoint = replace(opened.checkpoint.located(), notices=(*said, *opened.checkpoint.notices))
-    opened = replace(opened, checkpoint=_without_buffers(checkpoint), settings=_by_id(opened.settings, options))
+    settings = _by_tokenizer(_by_id(opened.settings, options), options)
+    opened = replace(opened, checkpoint=_without_buffers(checkpoint), settings=settings)
     return named(opened, understood(opened, options), options)
 
 
@@ -192,7 +193,7 @@ def named(opened: MegatronCheckpoint, found: Understood, options: Options) -> Mo
     else:
         if reference is None:
             _check_turned(config, family)
-            config = _with_tokens(config, opened)
+            config = _with_tokens(config, opened, options)
         in_megatron = {}
         tensors, said = (tensors, ()) if options.strict else _with_names(tensors, family, facts)
         hub_tensors = apply.to_hub(tensors, family, facts, strict=options.strict)
@@ -220,6 +221,15 @@ def _by_id(settings: Settings, options: Options) -> Settings:
         return settings
     named = settings.hf_model_id or options.model_id
     return replace(settings, values=nemo2.filled(settings.values, options.model_id), hf_model_id=named)
+
+
+def _by_tokenizer(settings: Settings, options: Options) -> Settings:
+    """The settings, with the number of tokens that --tokenizer-path adds: what HuggingFace keeps of the embedding."""
+    if options.tokenizer_path is None or options.to != "hf" or settings.vocab_size is not None or options.hf_model:
+        return settings
+    return replace(
+        settings, vocab_size=nemo2.tokenizer_named(options.tokenizer_path, options.tokenizer_library).num_tokens
+    )
 
 
 def _rows_kept(tensors: Mapping[str, Tensor], facts: Facts, options: Options) -> tuple[Facts, Facts]:
@@ -257,11 +267,24 @@ def _own_assets(opened: MegatronCheckpoint) -> Mapping[str, Tensor]:
     return huggingface.companions(tokenizer)[1] if tokenizer is not None else opened.checkpoint.assets
 
 
-def _with_tokens(config: Mapping[str, Any], opened: MegatronCheckpoint) -> Mapping[str, Any]:
-    """A config that was made of settings, with the special tokens of the checkpoint's tokenizer."""
+def carried(model: Model, options: Options) -> Mapping[str, Tensor]:
+    """The files to be written beside the weights: the model's, with the tokenizer that the options name."""
+    assets = model.checkpoint.assets
+    if not options.save_tokenizer:
+        return {}
+    if options.tokenizer_path is None:
+        return assets
+    others = {name: data for name, data in assets.items() if not is_of_tokenizer(name)}
+    return others | nemo2.tokenizer_files(options.tokenizer_path, options.tokenizer_library)
+
+
+def _with_tokens(config: Mapping[str, Any], opened: MegatronCheckpoint, options: Options) -> Mapping[str, Any]:
+    """A config that was made of settings, with the special tokens of the tokenizer that is written beside it."""
     context, archived = opened.located.context, opened.located.model_config
     tokenizer = opened.located.tokenizer
-    if tokenizer is None and context is not None and (context / nemo2_context.IO).is_file():
+    if options.tokenizer_path is not None:
+        tokenizer = nemo2.tokenizer_place(options.tokenizer_path)
+    elif tokenizer is None and context is not None and (context / nemo2_context.IO).is_file():
         tokenizer = nemo2_context.tokenizer_path(context, nemo2_context.read(context))
     elif tokenizer is None and archived is not None and (found := nemo1.tokenizer_of(archived)).is_plain:
         tokenizer = found.files.get("tokenizer.model")

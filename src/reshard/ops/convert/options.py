@@ -164,12 +164,11 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
         )
     tokenizer = {"--tokenizer-path": options.tokenizer_path, "--tokenizer-library": options.tokenizer_library}
     for name, value in tokenizer.items():
-        if value is not None and options.to != "nemo2":
-            said.append(
-                (f"{name} {value}", f"--to nemo2 alone takes another tokenizer than the model's, and this is {to}")
-            )
-        elif value is not None and not options.save_tokenizer:
+        if value is not None and not options.save_tokenizer:
             said.append((f"{name} {value}", "--no-save-tokenizer writes none"))
+    if options.to != "nemo2" and options.tokenizer_path is None and options.tokenizer_library is not None:
+        library = options.tokenizer_library
+        said.append((f"--tokenizer-library {library}", f"no --tokenizer-path was named, and this is {to}"))
     return said
 
 

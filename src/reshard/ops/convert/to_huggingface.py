@@ -19,7 +19,7 @@ from reshard.errors import Incomplete, Mismatch, listed
 from reshard.formats import huggingface
 from reshard.ops import tie
 from reshard.ops.config import check_complete, reconcile
-from reshard.ops.convert.model import Model, hub_names
+from reshard.ops.convert.model import Model, carried, hub_names
 from reshard.ops.convert.options import Options
 from reshard.storage.plan import Plan
 
@@ -47,7 +47,7 @@ def as_huggingface(model: Model, options: Options) -> Checkpoint:
     else:
         _check_shapes(model, tensors)
     tensors, said = _in_dtypes(model, tensors, options)
-    assets = model.checkpoint.assets if options.save_tokenizer else {}
+    assets = carried(model, options)
     config, changes = reconcile(model.config, tensors, headless=bool(heads))
     notices += [*said, *(f"config.json: {change}" for change in changes)]
     return replace(

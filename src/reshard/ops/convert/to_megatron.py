@@ -18,7 +18,7 @@ from reshard.errors import Mismatch, Unsupported, listed
 from reshard.formats import fsdp_dtensor, torch_dist
 from reshard.formats.fsdp_dtensor import Target
 from reshard.ops import nemo2
-from reshard.ops.convert.model import Model
+from reshard.ops.convert.model import Model, carried
 from reshard.ops.convert.options import Options
 from reshard.storage.plan import FilePlan, Plan
 
@@ -45,7 +45,7 @@ def to_megatron(model: Model, options: Options) -> tuple[Checkpoint, Plan]:
         hf_model_id=model.made_from,
     )  # fmt: skip
     notices = [*model.notices, *said, *warnings, *_uneven(model.facts, options)]
-    assets = {n: t for n, t in model.checkpoint.assets.items() if options.save_tokenizer}
+    assets = carried(model, options)
     files: tuple[FilePlan, ...]
     if options.to == "torch_dist":
         files = torch_dist.plan(tensors, run_config=text, tokenizer=assets, max_file_nbytes=options.max_nbytes)
