@@ -218,6 +218,18 @@ def test_metadata_with_values_of_any_kind(dcp: Path, data: st.DataObject) -> Non
     rewritten(dcp, ".metadata", changed)
 
 
+@pytest.mark.parametrize("name", ["", ".", "pipe"])
+def test_metadata_that_names_what_is_no_file(dcp: Path, name: str) -> None:
+    said = pickle.loads((dcp / ".metadata").read_bytes())
+    for place in said.storage_data.values():
+        object.__setattr__(place, "relative_path", name)
+    os.mkfifo(dcp / "pipe")
+    try:
+        assert rewritten(dcp, ".metadata", pickle.dumps(said)) is None
+    finally:
+        (dcp / "pipe").unlink()
+
+
 @given(data=st.data())
 @BOUNDED
 def test_mutated_shards_are_refused_or_read_right(dcp: Path, truth: dict[str, str], data: st.DataObject) -> None:

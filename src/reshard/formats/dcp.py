@@ -637,11 +637,11 @@ def _about(name: str, error: InputError) -> InputError:
 
 def object_pickles(path: Path) -> Iterator[tuple[str, bytes]]:
     """(where, pickle) of every object in the entries of a directory, unread, for an audit."""
-    index = _Index()
-    for name in _metadata_files(path, _sizes(path)):
+    index, sizes = _Index(), _sizes(path)
+    for name in _metadata_files(path, sizes):
         _read_metadata(path / name, index)
     reader = _Entries(path, index)
     for piece in index.objects.values():
-        if not piece.transforms:
+        if not piece.transforms and piece.file in sizes:
             where, entry = reader.entry(piece)
             yield where, entry.framing.payload

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ class _Descriptor:
         self.start = 0
         """Where the file begins in the one that is open: 0 unless it is a member of an archive."""
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
         except FileNotFoundError as error:
             raise NotFound(f"{path}: no such file") from error
         except NotADirectoryError as error:
@@ -113,7 +114,10 @@ class _Descriptor:
             archive, (self.start, self.nbytes) = found
             self.fd = archive.descriptor()
         else:
-            self.nbytes = os.fstat(self.fd).st_size
+            status = os.fstat(self.fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise NotFound(f"{path} is {'a directory' if stat.S_ISDIR(status.st_mode) else 'no file'}")
+            self.nbytes = status.st_size
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
         if self.fd >= 0:
