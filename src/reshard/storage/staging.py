@@ -61,12 +61,12 @@ def _check_destination(destination: Path, plan: Plan, force: bool) -> None:
     here = Path.cwd()
     if held and final.is_dir() and (final in (Path.home(), here, *here.parents) or (final / ".git").exists()):
         raise OutputError(f"{destination} is not replaced: it is no place for an output", hint="choose another output")
-    for path in plan.sources():
-        if final == Path(os.path.realpath(path)) or final in Path(os.path.realpath(path)).parents:
-            raise OutputError(
-                f"{destination} holds the input {path}: replacing it would destroy what is being read",
-                hint="choose another output",
-            )
+    path = source_within(final, plan)
+    if path is not None:
+        raise OutputError(
+            f"{destination} holds the input {path}: replacing it would destroy what is being read",
+            hint="choose another output",
+        )
     if plan.is_one_file:
         longest = max((len(os.fsencode(beside(final, f.path).name)) for f in plan.files if f.path), default=0)
         if longest > _NAME_LIMIT_NBYTES:
@@ -76,6 +76,15 @@ def _check_destination(destination: Path, plan: Plan, force: bool) -> None:
         raise OutputError(f"{destination}: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{destination}: {parent} is not writable")
+
+
+def source_within(final: Path, plan: Plan) -> str | None:
+    """The first file that is read and is the destination, or lies in it."""
+    for path in plan.sources():
+        real = Path(os.path.realpath(path))
+        if final == real or final in real.parents:
+            return path
+    return None
 
 
 def check_space(destination: Path, plan: Plan) -> None:

@@ -14,12 +14,12 @@ from reshard.ops import tie
 from reshard.ops.merge.options import Prepared
 from reshard.storage import manifest
 from reshard.storage.plan import Plan
+from reshard.storage.staging import resolved, source_within
 
 
 def check_replaceable(output: Path, plan: Plan) -> None:
     """Raise OutputError when there are training checkpoints where the output goes, whatever --force says."""
-    final = Path(os.path.realpath(output))
-    if not os.path.isdir(final) or any(final in Path(os.path.realpath(path)).parents for path in plan.sources()):
+    if not os.path.isdir(output) or source_within(resolved(output), plan) is not None:
         return  # what holds the source itself is refused as that
     shards = shards_in(output)
     if shards:
